@@ -1,0 +1,61 @@
+// Compiled once per instruction set, with RANGER_INSTRUCTION_SET naming it (see CMakeLists.txt).
+#include "kernels.h"
+
+#include "../radam_lookahead.h"
+
+namespace ranger::cpu {
+namespace {
+
+// `kL2`, `kRectified` and `kSync` are the same for a whole chunk: as template parameters they leave
+// the loop without a branch, which is what lets it vectorise.
+template <typename T, bool kL2, bool kRectified, bool kSync>
+void radam_loop(const RadamArgs<T>& args) {
+  const Coefficients<T> c = args.c;
+  T* __restrict__ p = args.p;
+  const T* __restrict__ g = args.g;
+  T* __restrict__ m = args.m;
+  T* __restrict__ v = args.v;
+  T* __restrict__ slow = args.slow;
+  for (int64_t i = 0; i < args.count; ++i) {
+    Element<T> x = ranger::radam(Element<T>{p[i], m[i], v[i]}, g[i], c, kL2, kRectified);
+    if (kSync) x.p = slow[i] = ranger::lookahead(x.p, slow[i], c.alpha);
+    p[i] = x.p;
+    m[i] = x.m;
+    v[i] = x.v;
+  }
+}
+
+template <typename T>
+void radam_chunk(const RadamArgs<T>& args) {
+  using Loop = void (*)(const RadamArgs<T>&);
+  static constexpr Loop kLoops[2][2][2] = {
+      {{radam_loop<T, false, false, false>, radam_loop<T, false, false, true>},
+       {radam_loop<T, false, true, false>, radam_loop<T, false, true, true>}},
+      {{radam_loop<T, true, false, false>, radam_loop<T, true, false, true>},
+       {radam_loop<T, true, true, false>, radam_loop<T, true, true, true>}}};
+  kLoops[args.c.weight_decay != T(0)][args.rectified][args.sync](args);
+}
+
+template <typename T>
+void lookahead_chunk(const LookaheadArgs<T>& args) {
+  T* __restrict__ p = args.p;
+  T* __restrict__ slow = args.slow;
+  const T alpha = args.alpha;
+  for (int64_t i = 0; i < args.count; ++i) {
+    p[i] = slow[i] = ranger::lookahead(p[i], slow[i], alpha);
+  }
+}
+
+}  // namespace
+
+#define RANGER_CONCATENATE(a, b) a##b
+#define RANGER_TABLE(set) RANGER_CONCATENATE(kernels_, set)
+#define RANGER_STRING(set) #set
+#define RANGER_NAME(set) RANGER_STRING(set)
+
+extern const Kernels RANGER_TABLE(RANGER_INSTRUCTION_SET);
+const Kernels RANGER_TABLE(RANGER_INSTRUCTION_SET) = {
+    RANGER_NAME(RANGER_INSTRUCTION_SET), radam_chunk<float>, radam_chunk<double>,
+    lookahead_chunk<float>, lookahead_chunk<double>};
+
+}  // namespace ranger::cpu

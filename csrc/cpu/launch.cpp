@@ -1,0 +1,139 @@
+#include "launch.h"
+
+#include <array>
+#include <memory>
+
+#include "kernels.h"
+#include "strided.h"
+
+namespace ranger::cpu {
+namespace {
+
+// One stream of one chunk as consecutive memory: the tensor's own, or a copy of it in `scratch`.
+template <typename T>
+class ChunkView {
+ public:
+  ChunkView(const TensorRow& row, const Chunk& chunk, Stream stream, T* scratch)
+      : row_(row), chunk_(chunk), stream_(stream) {
+    T* base = static_cast<T*>(row.data[stream]);
+    if (base == nullptr) {
+      data_ = nullptr;
+    } else if (row.strides[stream].empty()) {
+      data_ = base + chunk.begin;
+    } else {
+      data_ = scratch;
+      for_each_offset(row.sizes, row.strides[stream], chunk.begin, chunk.count,
+                      [&](int64_t i, int64_t offset) { scratch[i] = base[offset]; });
+    }
+  }
+
+  T* data() const { return data_; }
+
+  // Puts a copy's elements back; nothing to do for a tensor's own memory.
+  void write_back() const {
+    const Strides& strides = row_.strides[stream_];
+    if (data_ == nullptr || strides.empty()) return;
+    T* base = static_cast<T*>(row_.data[stream_]);
+    for_each_offset(row_.sizes, strides, chunk_.begin, chunk_.count,
+                    [&](int64_t i, int64_t offset) { base[offset] = data_[i]; });
+  }
+
+ private:
+  const TensorRow& row_;
+  const Chunk& chunk_;
+  Stream stream_;
+  T* data_;
+};
+
+// A thread's room for the chunk copies, kept from step to step.
+template <typename T>
+T* scratch(Stream stream) {
+  thread_local std::unique_ptr<T[]> room;
+  if (!room) room.reset(new T[kStreams * kChunkSize]);
+  return room.get() + stream * kChunkSize;
+}
+
+bool is_consecutive(const TensorRow& row) {
+  for (const Strides& strides : row.strides) {
+    if (!strides.empty()) return false;
+  }
+  return true;
+}
+
+template <typename T>
+RadamArgs<T> radam_args(const Chunk& chunk, const RowSchedule& now) {
+  return {chunk.count, nullptr, nullptr, nullptr, nullptr, nullptr,
+          coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified, now.schedule.sync};
+}
+
+template <typename T>
+void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+  RadamArgs<T> args = radam_args<T>(chunk, now);
+  const auto bind = [&](auto&& at) {
+    args.p = at(kParam);
+    args.g = at(kGrad);
+    args.m = at(kExpAvg);
+    args.v = at(kExpAvgSq);
+    args.slow = now.schedule.sync ? at(kSlowParam) : nullptr;
+    radam(kernels(), args);
+  };
+  if (is_consecutive(row)) {
+    bind([&](Stream stream) { return static_cast<T*>(row.data[stream]) + chunk.begin; });
+    return;
+  }
+  const auto view = [&](Stream s) { return ChunkView<T>(row, chunk, s, scratch<T>(s)); };
+  const std::array<ChunkView<T>, kStreams> views = {view(kParam), view(kGrad), view(kExpAvg),
+                                                    view(kExpAvgSq), view(kSlowParam)};
+  bind([&](Stream stream) { return views[stream].data(); });
+  for (Stream written : {kParam, kExpAvg, kExpAvgSq}) views[written].write_back();
+  if (now.schedule.sync) views[kSlowParam].write_back();
+}
+
+template <typename T>
+void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+  const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
+  const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
+  lookahead(kernels(), LookaheadArgs<T>{chunk.count, p.data(), slow.data(),
+                                        static_cast<T>(now.hyper->alpha)});
+  p.write_back();
+  slow.write_back();
+}
+
+template <typename Body>
+void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                    const std::vector<RowSchedule>& schedules, int num_threads, Body body) {
+  int64_t elements = 0;
+  for (size_t row = 0; row < rows.size(); ++row) {
+    if (schedules[row].active) elements += rows[row].numel;
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size());
+#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) \
+    if (num_threads > 1 && elements > kSerialElements)
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    if (schedules[chunk.row].active) body(rows[chunk.row], chunk, schedules[chunk.row]);
+  }
+}
+
+}  // namespace
+
+void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                const std::vector<RowSchedule>& schedules, int num_threads) {
+  for_each_chunk(rows, chunks, schedules, num_threads,
+                 [](const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+                   row.dtype == DType::kFloat64 ? radam_chunk<double>(row, chunk, now)
+                                                : radam_chunk<float>(row, chunk, now);
+                 });
+}
+
+void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                    const std::vector<RowSchedule>& schedules, int num_threads) {
+  for_each_chunk(rows, chunks, schedules, num_threads,
+                 [](const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+                   if (!now.schedule.sync) return;
+                   row.dtype == DType::kFloat64 ? lookahead_chunk<double>(row, chunk, now)
+                                                : lookahead_chunk<float>(row, chunk, now);
+                 });
+}
+
+}  // namespace ranger::cpu

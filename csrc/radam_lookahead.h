@@ -1,0 +1,42 @@
+// The update rule, once, for every kernel: RAdam, then Lookahead.
+//
+// Only + - * / and the square root, each correctly rounded and in this order. Compile without
+// contraction (-ffp-contract=off, nvcc -fmad=false): a fused multiply-add rounds once where the
+// contract rounds twice. Nothing here loads or stores memory.
+#pragma once
+
+#include "portable.h"
+#include "schedule.h"
+
+namespace ranger {
+
+// One element's values between load and store.
+template <typename T>
+struct Element {
+  T p;  // parameter
+  T m;  // exp_avg
+  T v;  // exp_avg_sq
+};
+
+// RAdam (arXiv:1908.03265, Algorithm 2). `l2` and `rectified` are the same for a whole tensor.
+template <typename T>
+RANGER_HOST_DEVICE Element<T> radam(Element<T> x, T g, const Coefficients<T>& c, bool l2,
+                                    bool rectified) {
+  g = g * c.grad_scale;
+  if (l2) g = g + c.weight_decay * x.p;                     // L2, not decoupled
+  x.m = c.beta1 * x.m + c.one_minus_beta1 * g;              // line 6: first moment
+  x.v = c.beta2 * x.v + c.one_minus_beta2 * (g * g);        // line 5: second moment
+  T u = x.m;                                                // line 14: un-adapted momentum
+  if (rectified) u = x.m / (square_root(x.v) + c.eps);      // line 12: adaptive
+  x.p = x.p * c.decay - c.step_size * u;                    // step_size has r_t and the bias terms
+  return x;
+}
+
+// Lookahead (arXiv:1907.08610, Algorithm 1): the new slow weight, which the fast one goes on from.
+// alpha = 1 takes the fast weight itself; slow + (p - slow) may miss it by a rounding.
+template <typename T>
+RANGER_HOST_DEVICE T lookahead(T p, T slow, T alpha) {
+  return alpha == T(1) ? p : slow + alpha * (p - slow);
+}
+
+}  // namespace ranger

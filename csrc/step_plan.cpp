@@ -1,0 +1,293 @@
+#include "step_plan.h"
+
+#include <algorithm>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace ranger {
+namespace {
+
+// Borrowed names, made once and never freed.
+PyObject* interned(const char* name) {
+  PyObject* string = PyUnicode_InternFromString(name);
+  if (string == nullptr) throw py::error_already_set();
+  return string;
+}
+
+py::object steal(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+// What `weak` refers to; None once that is gone. One load, where the C API makes a reference.
+PyObject* referent(const py::object& weak) {
+  return reinterpret_cast<PyWeakReference*>(weak.ptr())->wr_object;
+}
+
+// The getter behind `tensor.grad`, for types that do not replace it: half the time of a look-up.
+PyGetSetDescrObject* gradient_getter() {
+  static PyObject* const descriptor =
+      py::object(py::module_::import("torch").attr("Tensor").attr("grad")).release().ptr();
+  return Py_TYPE(descriptor) == &PyGetSetDescr_Type
+             ? reinterpret_cast<PyGetSetDescrObject*>(descriptor)
+             : nullptr;
+}
+
+// DLPack does not tell that a tensor stands for the negative of its memory.
+bool is_negated(PyObject* tensor) {
+  static PyObject* const name = interned("is_neg");
+  return steal(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
+}
+
+void set_stream(TensorRow& row, Stream stream, const DLTensor& tensor,
+                const std::vector<int32_t>& order) {
+  row.data[stream] = data_of(tensor);
+  row.strides[stream] = ordered_strides(layout_of(tensor), order);
+}
+
+}  // namespace
+
+StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
+                   py::object plain_grad)
+    : rule_(rule),
+      exchange_(exchange_api),
+      plain_(std::move(plain)),
+      plain_grad_(std::move(plain_grad)) {}
+
+void StepPlan::add_entry(py::object param, int32_t group, Kind kind) {
+  const bool has_own_grad =
+      !py::type::of(param).attr("grad").is(py::module_::import("torch").attr("Tensor").attr("grad"));
+  entries_.push_back({py::weakref(param), group, -1, kind, true, has_own_grad});
+}
+
+void StepPlan::add_idle(py::object param, int32_t group) {
+  add_entry(std::move(param), group, Kind::kIdle);
+}
+
+void StepPlan::add_foreign(py::object param, int32_t group) {
+  add_entry(std::move(param), group, Kind::kForeign);
+}
+
+void StepPlan::add_row(py::object param, int32_t group, py::dict state,
+                       const py::sequence& streams, py::str step_name) {
+  const py::object plain = plain_(param);
+  const DLTensor tensor = exchange_.describe(plain.ptr());
+  const Layout layout = layout_of(tensor);
+
+  TensorRow row;
+  RowKey key;
+  key.param = TensorKey(tensor);
+  key.order = memory_order(layout);
+  row.numel = count_elements(layout);
+  row.dtype = dtype_of(tensor).value();
+  row.group = group;
+  row.sizes = ordered_sizes(layout, key.order);
+  set_stream(row, kParam, tensor, key.order);
+
+  std::unordered_map<PyObject*, TensorKey> used;
+  static constexpr Stream kStateStreams[] = {kExpAvg, kExpAvgSq, kSlowParam};
+  for (size_t i = 0; i < std::size(kStateStreams); ++i) {
+    const py::object name = streams[i];
+    if (name.is_none()) continue;
+    const py::object whole = state[name];
+    const py::object part = plain_(whole);
+    const DLTensor described = exchange_.describe(part.ptr());
+    if (!key.param.same_kind(described) || !key.param.same_shape(described)) {
+      throw py::value_error("state " + std::string(py::str(name)) +
+                            " differs from its parameter in dtype, device or shape");
+    }
+    set_stream(row, kStateStreams[i], described, key.order);
+    used[whole.ptr()] = TensorKey(described);
+  }
+  const py::object step = state[step_name];
+  const DLTensor described = exchange_.describe(step.ptr());
+  if (dtype_of(described) != DType::kFloat32 || described.device.device_type != kDLCPU) {
+    throw py::value_error("state 'step' must be a float32 tensor on the CPU");
+  }
+  row.step = static_cast<float*>(data_of(described));
+  used[step.ptr()] = TensorKey(described);
+  for (const auto& [name, value] : state) {
+    StateItem item{py::reinterpret_borrow<py::object>(name), {}, {}, false};
+    const auto found = used.find(value.ptr());
+    if (found != used.end()) {
+      DLTensor itself;
+      item.tensor = py::weakref(value);
+      item.memory = found->second;
+      item.is_plain =
+          exchange_.try_describe(value.ptr(), &itself) && item.memory.matches(itself);
+    }
+    key.state.push_back(std::move(item));
+  }
+
+  add_entry(param, group, Kind::kRow);
+  entries_.back().row = static_cast<int32_t>(rows_.size());
+  DLTensor itself;
+  entries_.back().is_plain =
+      exchange_.try_describe(param.ptr(), &itself) && key.param.matches(itself);
+  rows_.push_back(std::move(row));
+  keys_.push_back(std::move(key));
+}
+
+void StepPlan::finish(const py::dict& optimizer_state) {
+  std::unordered_map<PyObject*, int32_t> row_of;
+  for (const Entry& entry : entries_) {
+    if (entry.kind == Kind::kRow) row_of[referent(entry.param)] = entry.row;
+  }
+  for (const auto& [key, value] : optimizer_state) {
+    const auto found = row_of.find(key.ptr());
+    state_entries_.push_back({key.ptr(), found == row_of.end() ? -1 : found->second});
+  }
+  chunks_ = cut_into_chunks(rows_, cpu::kChunkSize);
+  schedules_.resize(rows_.size());
+}
+
+// Walking the dict in its order is faster than looking names up; another order is a change, too.
+bool StepPlan::same_items(const std::vector<StateItem>& items, PyObject* state) {
+  PyObject* name = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t position = 0;
+  size_t i = 0;
+  while (PyDict_Next(state, &position, &name, &value)) {
+    if (i == items.size() || items[i].name.ptr() != name) return false;
+    if (items[i].tensor && referent(items[i].tensor) != value) return false;
+    ++i;
+  }
+  return i == items.size();
+}
+
+bool StepPlan::state_is_unchanged(const py::dict& optimizer_state) {
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t position = 0;
+  size_t i = 0;
+  while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) {
+    if (i == state_entries_.size() || state_entries_[i].key != key) return false;
+    const int32_t row = state_entries_[i++].row;
+    if (row < 0) continue;
+    if (!PyDict_Check(value)) return false;
+    if (!same_items(keys_[row].state, value)) return false;
+  }
+  return i == state_entries_.size() && probe_memory();
+}
+
+// The same tensor objects may have been given other memory (`tensor.data = ...`, as scripts do that
+// move a whole state to another device). Describing each would double the cost of a step, so this
+// takes one row after the other: it sees at once what was done to all.
+bool StepPlan::probe_memory() {
+  if (rows_.empty()) return true;
+  probe_ = (probe_ + 1) % keys_.size();
+  for (const StateItem& item : keys_[probe_].state) {
+    DLTensor tensor;
+    if (item.is_plain && !(exchange_.try_describe(referent(item.tensor), &tensor) &&
+                           item.memory.matches(tensor))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_state,
+                       const py::object& moved) {
+  static PyObject* const kParams = interned("params");
+  static PyObject* const kGrad = interned("grad");
+  static PyGetSetDescrObject* const getter = gradient_getter();
+  active_.clear();
+  gradients_.clear();
+
+  size_t position = 0;
+  for (Py_ssize_t group = 0; group < PyList_GET_SIZE(param_groups.ptr()); ++group) {
+    PyObject* params =
+        PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), group), kParams);
+    if (params == nullptr || !PyList_Check(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++position) {
+      PyObject* param = PyList_GET_ITEM(params, i);
+      if (position == entries_.size()) return false;
+      const Entry& entry = entries_[position];
+      if (entry.group != group || referent(entry.param) != param) return false;
+      if (entry.kind == Kind::kForeign) continue;
+      py::object gradient;
+      if (moved.is_none()) {
+        gradient = steal(entry.has_own_grad || getter == nullptr
+                             ? PyObject_GetAttr(param, kGrad)
+                             : getter->d_getset->get(param, getter->d_getset->closure));
+        if (gradient.is_none()) continue;
+      } else if (PyList_GET_ITEM(moved.ptr(), position) != Py_True) {
+        continue;
+      }
+      if (entry.kind == Kind::kIdle) return false;
+      if (!collect_row(entry, static_cast<int64_t>(position), param, gradient.ptr())) return false;
+      if (gradient) gradients_.push_back(std::move(gradient));
+      active_.push_back(entry.row);
+    }
+  }
+  return position == entries_.size() && state_is_unchanged(optimizer_state);
+}
+
+bool StepPlan::collect_row(const Entry& entry, int64_t position, PyObject* param,
+                           PyObject* grad) {
+  const RowKey& key = keys_[entry.row];
+  if (entry.is_plain) {
+    DLTensor tensor;
+    if (!exchange_.try_describe(param, &tensor) || !key.param.matches(tensor)) return false;
+    if (grad == nullptr || bind_gradient(entry, grad)) return true;
+  } else {
+    const py::object plain = plain_(py::handle(param));
+    if (!key.param.matches(exchange_.describe(plain.ptr()))) return false;
+    if (grad == nullptr) return true;
+  }
+  py::object resolved = plain_grad_(position);
+  const bool bound = bind_gradient(entry, resolved.ptr());
+  gradients_.push_back(std::move(resolved));
+  return bound;
+}
+
+bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
+  const RowKey& key = keys_[entry.row];
+  TensorRow& row = rows_[entry.row];
+  DLTensor tensor;
+  if (!exchange_.try_describe(grad, &tensor)) return false;
+  if (!key.param.same_kind(tensor) || !key.param.same_shape(tensor)) return false;
+  // A negated tensor is a view into complex memory, so no dense one with the parameter's strides.
+  const bool dense_alike =
+      tensor.ndim > 0 && row.strides[kParam].empty() && key.param.same_layout(tensor);
+  if (!dense_alike && is_negated(grad)) return false;
+  row.data[kGrad] = data_of(tensor);
+  if (dense_alike) {
+    row.strides[kGrad].clear();
+  } else {
+    row.strides[kGrad] = ordered_strides(layout_of(tensor), key.order);
+  }
+  return true;
+}
+
+void StepPlan::launch(const std::vector<Hyperparameters>& hypers, int num_threads) {
+  // Parameters of a group mostly share their step, and so their scalars.
+  const cpu::RowSchedule* last = nullptr;
+  int64_t last_step = 0;
+  for (cpu::RowSchedule& now : schedules_) now.active = false;
+  for (int32_t row : active_) {
+    const int64_t step = static_cast<int64_t>(*rows_[row].step) + 1;
+    const Hyperparameters* hyper = &hypers[rows_[row].group];
+    cpu::RowSchedule& now = schedules_[row];
+    if (last != nullptr && last->hyper == hyper && last_step == step) {
+      now = *last;
+    } else {
+      now = {hyper, schedule(*hyper, step), true};
+    }
+    last = &now;
+    last_step = step;
+    *rows_[row].step = static_cast<float>(step);
+  }
+  {
+    py::gil_scoped_release released;
+    const auto run = rule_ == Rule::kRadam ? cpu::radam_step : cpu::lookahead_step;
+    run(rows_, chunks_, schedules_, num_threads);
+  }
+  active_.clear();
+  gradients_.clear();
+}
+
+}  // namespace ranger

@@ -1,0 +1,105 @@
+// The plan as Python holds it: the rows of an optimizer's parameters, found again and checked at
+// every step without a loop in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/launch.h"
+#include "plan.h"
+#include "tensor_exchange.h"
+
+namespace ranger {
+
+// A step is two calls: collect() reads and checks, and changes nothing; launch() cannot fail.
+class StepPlan {
+ public:
+  enum class Rule { kRadam, kLookahead };
+
+  // `plain(param)`: a DTensor's or complex parameter's memory as a real tensor.
+  // `plain_grad(position)`: likewise the gradient of the parameter at that position, counted over
+  // all groups, for gradients that the kernels cannot read as they are; may raise.
+  StepPlan(Rule rule, const pybind11::capsule& exchange_api, pybind11::object plain,
+           pybind11::object plain_grad);
+
+  // One of these for each parameter, in the order of the groups, then finish().
+  //
+  // A parameter that this plan moves. `state`: its entry in the optimizer's state. `streams`: the
+  // names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where there is
+  // none; `step_name`: that of the step count, a float32 scalar on the CPU.
+  void add_row(pybind11::object param, int32_t group, pybind11::dict state,
+               const pybind11::sequence& streams, pybind11::str step_name);
+  // A parameter without state: the plan holds as long as it has no gradient.
+  void add_idle(pybind11::object param, int32_t group);
+  // A parameter that is none of this plan's business.
+  void add_foreign(pybind11::object param, int32_t group);
+  void finish(const pybind11::dict& optimizer_state);
+
+  // Whether the plan still describes this optimizer; if so, the rows that move now are noted.
+  // `moved`: for each parameter whether it moves; None: those that have a gradient.
+  bool collect(const pybind11::list& param_groups, const pybind11::dict& optimizer_state,
+               const pybind11::object& moved);
+
+  // Counts a step for the collected rows and runs the rule on them. `hypers`: one for each group.
+  void launch(const std::vector<Hyperparameters>& hypers, int num_threads);
+
+ private:
+  enum class Kind : int8_t { kRow, kIdle, kForeign };
+
+  struct Entry {
+    pybind11::weakref param;  // weak: the plan keeps nothing alive and trusts no reused address
+    int32_t group;
+    int32_t row;  // -1 unless kRow
+    Kind kind;
+    bool is_plain;      // false: described through plain()
+    bool has_own_grad;  // its type's `grad` is not torch.Tensor's
+  };
+
+  // One item of a parameter's state.
+  struct StateItem {
+    pybind11::object name;
+    pybind11::object tensor;  // a weak reference; empty for what the kernels do not touch
+    TensorKey memory;
+    bool is_plain;  // false: a DTensor or complex, whose memory is not probed
+  };
+
+  // What of a row belongs to Python.
+  struct RowKey {
+    TensorKey param;
+    std::vector<int32_t> order;  // the memory order of the parameter's dimensions
+    std::vector<StateItem> state;
+  };
+
+  struct StateEntry {
+    PyObject* key;  // compared, never followed
+    int32_t row;    // -1: not one of this plan's
+  };
+
+  bool collect_row(const Entry& entry, int64_t position, PyObject* param, PyObject* grad);
+  bool bind_gradient(const Entry& entry, PyObject* grad);
+  static bool same_items(const std::vector<StateItem>& items, PyObject* state);
+  bool state_is_unchanged(const pybind11::dict& optimizer_state);
+  bool probe_memory();
+  void add_entry(pybind11::object param, int32_t group, Kind kind);
+
+  Rule rule_;
+  TensorExchange exchange_;
+  pybind11::object plain_;
+  pybind11::object plain_grad_;
+
+  std::vector<Entry> entries_;
+  std::vector<TensorRow> rows_;
+  std::vector<RowKey> keys_;
+  std::vector<StateEntry> state_entries_;
+  std::vector<Chunk> chunks_;
+  size_t probe_ = 0;
+
+  // The step under way.
+  std::vector<int32_t> active_;
+  std::vector<pybind11::object> gradients_;  // alive until the launch is over
+  std::vector<cpu::RowSchedule> schedules_;
+};
+
+}  // namespace ranger

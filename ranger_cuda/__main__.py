@@ -1,0 +1,6 @@
+"""``python -m ranger_cuda``: see :mod:`ranger_cuda.cli`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

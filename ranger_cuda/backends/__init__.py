@@ -1,0 +1,1 @@
+"""The backends: each moves parameters by the rule, and all return the same bits."""

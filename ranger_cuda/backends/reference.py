@@ -1,0 +1,110 @@
+"""The readable spec: plain PyTorch, one parameter at a time, on any device and dtype.
+
+Every other backend returns the bits of this one. Only ``+ - * /`` and the square root, each
+correctly rounded and in this order; no ``lerp``, ``addcmul``, ``addcdiv`` or ``alpha=``, which
+may fuse two roundings into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import rounding
+from ..hyperparameters import Hyperparameters
+from ..schedule import Coefficients, coefficients, rounded
+from ..tensors import plain
+
+
+class Row(NamedTuple):
+    """One parameter that moves in this step."""
+
+    param: Tensor
+    grad: Tensor | None  # plain and real: see tensors.plain_grad; None if the rule reads none
+    state: dict[str, Any]
+    group: int
+
+
+@torch.no_grad()
+def radam_step(
+    rows: Sequence[Row], hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]
+) -> None:
+    """One RAdam step with Lookahead fused in.
+
+    Args:
+        rows: the parameters that have a gradient. Their states are updated in place.
+        hypers: the hyperparameters of each group.
+        grad_scales: for each group, what its gradients are multiplied by.
+    """
+    memo: dict[Any, Coefficients] = {}
+    for row in rows:
+        assert row.grad is not None
+        t = int(row.state["step"]) + 1
+        dtype = rounding.compute_dtype(row.param.dtype)
+        key = (row.group, t, dtype)
+        if key not in memo:
+            memo[key] = coefficients(hypers[row.group], t, grad_scales[row.group], dtype)
+        c = memo[key]
+
+        state = {name: plain(value) for name, value in row.state.items() if torch.is_tensor(value)}
+        param = plain(row.param)
+        value = rounding.load(param, state)
+        value = radam(value, row.grad.to(dtype), state["exp_avg"], state["exp_avg_sq"], c)
+        if c.sync:
+            value = lookahead(value, state["slow_param"], c.alpha)
+        rounding.store(value, param, state)
+        row.state["step"].fill_(t)
+
+
+def radam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
+    """The RAdam update of one parameter (Algorithm 2 of the paper, lines 5 to 13).
+
+    Args:
+        p, g: parameter and gradient; not written.
+        m, v: ``exp_avg`` and ``exp_avg_sq``; updated in place.
+    Returns:
+        the new parameter.
+    """
+    g = g * c.grad_scale
+    if c.weight_decay != 0.0:
+        g = g + c.weight_decay * p
+    m.copy_(c.beta1 * m + c.one_minus_beta1 * g)
+    v.copy_(c.beta2 * v + c.one_minus_beta2 * (g * g))
+    u = m / (sqrt(v) + c.eps) if c.rectified else m
+    return p * c.decay - c.step_size * u
+
+
+def lookahead(p: Tensor, slow: Tensor, alpha: float) -> Tensor:
+    """The Lookahead interpolation (Algorithm 1 of the paper, last line of the outer loop).
+
+    Updates ``slow`` in place and returns it: both weights go on from there. ``alpha = 1`` takes
+    ``p`` itself, which ``slow + (p - slow)`` may miss by a rounding.
+    """
+    slow.copy_(p if alpha == 1.0 else slow + alpha * (p - slow))
+    return slow
+
+
+def sqrt(v: Tensor) -> Tensor:
+    """Correctly rounded square root. ``torch.sqrt`` on the CPU is not; NumPy's is."""
+    if v.device.type != "cpu":
+        return torch.sqrt(v)
+    array = v.detach().numpy()
+    return torch.from_numpy(np.sqrt(array, out=np.empty_like(array)))
+
+
+@torch.no_grad()
+def lookahead_step(
+    rows: Sequence[Row], hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]
+) -> None:
+    """Lookahead after another optimizer's step: every ``k`` steps, pull and go on from there."""
+    for row in rows:
+        t = int(row.state["lookahead_step"]) + 1
+        if t % hypers[row.group].k == 0:
+            param, slow = plain(row.param), plain(row.state["slow_param"])
+            alpha = rounded([hypers[row.group].alpha], slow.dtype)[0]
+            param.copy_(lookahead(param.to(slow.dtype), slow, alpha))
+        row.state["lookahead_step"].fill_(t)

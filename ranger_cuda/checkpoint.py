@@ -1,0 +1,94 @@
+"""Loading a checkpoint without ``torch.optim``'s cast of every floating state to the
+parameter's dtype, which would make float32 moments and slow weights of a bfloat16 model bfloat16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import hyperparameters
+from .tensors import local, state_dtype
+
+KEPT_DTYPES = ("residual", "master")  # their dtype is a property of the state, not of the parameter
+
+
+class Shielded:
+    """A parameter's saved state, which ``torch.optim`` hands through untouched."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def shield_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook: check what is to be loaded and shield it from the cast.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or a parameter's state is not one of RAdam,
+            Ranger or Adam, or is for another shape. Nothing has been changed then.
+    """
+    params: dict[Any, Tensor] = {}
+    for i, (saved, group) in enumerate(
+        zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+    ):
+        params.update(zip(saved["params"], group["params"], strict=False))
+        try:
+            hyperparameters.check({**optimizer.defaults, **group, **saved})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
+    state = {}
+    for key, value in state_dict["state"].items():
+        if key in params and isinstance(value, dict):
+            _check(value, params[key], key)
+            value = Shielded(value)
+        state[key] = value
+    return {**state_dict, "state": state}
+
+
+def _check(state: dict[str, Any], param: Tensor, key: Any) -> None:
+    lacking = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
+    if state and lacking:
+        raise ValueError(
+            f"loaded state dict: the state of parameter {key} has {sorted(state)} but no "
+            f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
+        )
+    for name in ("exp_avg", "exp_avg_sq", "slow_param"):
+        if name in state and state[name].shape != param.shape:
+            raise ValueError(
+                f"loaded state dict: {name!r} of parameter {key} has shape "
+                f"{tuple(state[name].shape)}, but the parameter has shape {tuple(param.shape)}"
+            )
+
+
+def restore_state(param: Tensor, saved: Shielded) -> dict[str, Any]:
+    """The state of ``param``: on its device, and each tensor in the precision it is kept in."""
+    return {name: restore_value(param, name, value) for name, value in saved.state.items()}
+
+
+def restore_value(param: Tensor, name: str, value: Any) -> Any:
+    """One state value of ``param``, where and as it is kept."""
+    if name.endswith("step"):
+        return step_tensor(value)
+    if not isinstance(value, Tensor):
+        return value
+    moment = name in ("exp_avg", "exp_avg_sq", "slow_param")
+    return value.to(param.device, state_dtype(param) if moment else value.dtype)
+
+
+def step_tensor(value: Any = 0.0) -> Tensor:
+    """A step count as it is kept: a float32 scalar on the CPU, as in ``torch.optim``."""
+    if isinstance(value, Tensor):
+        value = local(value).item()
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+
+
+def is_step_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.dim() == 0
+    )

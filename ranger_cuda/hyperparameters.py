@@ -1,0 +1,126 @@
+"""The hyperparameters of a parameter group: read, checked, and said clearly when wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+WEIGHT_ROUNDINGS = ("exact", "nearest")
+STATE_DTYPES = (torch.float32,)
+
+
+class Hyperparameters(NamedTuple):
+    """One group's hyperparameters as plain numbers, in the order ``csrc/schedule.h`` has them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    rho_threshold: float
+    alpha: float
+    k: int  # 0: no Lookahead
+    decoupled_weight_decay: bool
+    maximize: bool
+
+
+def read(group: Mapping[str, Any]) -> Hyperparameters:
+    """Read a parameter group. Nothing is checked here; see :func:`check`."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        float(group["rho_threshold"]),
+        float(group.get("alpha", 1.0)),
+        group.get("k", 0),
+        bool(group["decoupled_weight_decay"]),
+        bool(group["maximize"]),
+    )
+
+
+def check(group: Mapping[str, Any]) -> Hyperparameters:
+    """Read a parameter group and raise on the first value that no step may use.
+
+    Raises:
+        ValueError: a value is out of range; the message has the value, the rule and a way out.
+        TypeError: a value is not a number.
+    """
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, but its shape is {tuple(lr.shape)}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
+    try:
+        hyper = read(group)
+    except (TypeError, ValueError) as error:
+        shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        raise TypeError(f"Every hyperparameter must be a number, in {shown}: {error}") from error
+    if not (hyper.lr >= 0.0 and math.isfinite(hyper.lr)):
+        raise ValueError(f"Invalid learning rate: {lr}; it must be finite and at least 0")
+    for i, beta in enumerate((hyper.beta1, hyper.beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(
+                f"Invalid beta parameter at index {i}: {betas[i]}; it must be in [0, 1)"
+            )
+    check_eps(hyper.eps)
+    if not (hyper.weight_decay >= 0.0 and math.isfinite(hyper.weight_decay)):
+        raise ValueError(
+            f"Invalid weight_decay value: {group['weight_decay']}; it must be finite and at least 0"
+        )
+    if not hyper.rho_threshold >= 4.0:
+        raise ValueError(
+            f"Invalid rho_threshold value: {group['rho_threshold']}; it must be at least 4, "
+            "where the rectification term becomes real (the paper's value; torch uses 5)"
+        )
+    if "k" in group:
+        check_lookahead(group["k"], group["alpha"])
+    check_max_grad_norm(group["max_grad_norm"])
+    _check_choice(group, "weight_rounding", WEIGHT_ROUNDINGS)
+    _check_choice(group, "state_dtype", STATE_DTYPES)
+    return hyper
+
+
+def check_eps(eps: float) -> None:
+    # Half of float32's smallest number and less rounds to 0, which is the same NaN as eps = 0.
+    if not (math.isfinite(eps) and eps > 2.0**-150):
+        raise ValueError(
+            f"Invalid epsilon value: {eps}; it must be above 0 in float32: with 0, a parameter "
+            "whose gradient is exactly 0 becomes NaN. Use 1e-8 or more"
+        )
+
+
+def check_lookahead(k: Any, alpha: Any) -> None:
+    """Raise unless ``k`` and ``alpha`` are a Lookahead period and interpolation factor."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(
+            f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1"
+        )
+    if not isinstance(alpha, (int, float)) or not 0.0 <= alpha <= 1.0:
+        raise ValueError(
+            f"Invalid alpha value: {alpha!r}; the Lookahead interpolation factor is in [0, 1]"
+        )
+
+
+def check_max_grad_norm(max_grad_norm: Any) -> None:
+    if max_grad_norm is not None and not (
+        isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0.0
+    ):
+        raise ValueError(
+            f"Invalid max_grad_norm value: {max_grad_norm!r}; it must be above 0, or None for no "
+            "clipping"
+        )
+
+
+def _check_choice(group: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> None:
+    if group[key] not in choices:
+        raise ValueError(
+            f"Invalid {key} value: {group[key]!r}; this version has "
+            + ", ".join(repr(choice) for choice in choices)
+        )

@@ -1,0 +1,221 @@
+"""Lookahead around any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import dispatch, hyperparameters, support
+from .checkpoint import is_step_tensor, restore_value, step_tensor
+from .dispatch import Dispatcher
+from .hyperparameters import Hyperparameters
+from .optimizer import new_slow_param
+from .slow_weights import SlowWeights
+
+STATE_NAMES = ("slow_param", "lookahead_step")
+
+
+class Lookahead(SlowWeights, Optimizer):
+    """Lookahead around any ``torch.optim.Optimizer``.
+
+    Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS 2019
+    (arXiv:1907.08610), Algorithm 1: every ``k`` steps of a parameter its slow weight moves the
+    fraction ``alpha`` of the way to it, and it goes on from there. ``Lookahead(RAdam(...))`` and
+    :class:`Ranger` return the same bits; Ranger does it in one pass.
+
+    Groups, state, defaults and schedulers are the inner optimizer's: ``param_groups`` and
+    ``state`` are the same objects, and a checkpoint holds both.
+
+    Args:
+        optimizer: the inner optimizer.
+        k: the Lookahead period, in optimizer steps; at least 1.
+        alpha: the interpolation factor, in [0, 1].
+        backend: of the interpolation: "cpu", "reference", or None: by device and dtype.
+
+    A parameter group may set ``lookahead_k`` and ``lookahead_alpha`` for itself (``alpha`` alone
+    is a hyperparameter of other optimizers).
+
+    State of a parameter: the inner optimizer's, ``slow_param`` (the parameter's shape; float32 for
+    low-precision parameters) and ``lookahead_step`` (float32 scalar on the CPU). ``slow_param``
+    starts as the parameter before its first update.
+
+    Raises:
+        TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
+        ValueError: an argument is out of range, or ``optimizer`` has slow weights already.
+        RuntimeError: the requested backend cannot run on this machine.
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self, optimizer: Optimizer, k: int = 6, alpha: float = 0.5, *, backend: str | None = None
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Lookahead wraps a torch.optim.Optimizer, but got {type(optimizer).__name__}; "
+                "give it an optimizer, not parameters"
+            )
+        if isinstance(optimizer, SlowWeights):
+            raise ValueError(
+                f"{type(optimizer).__name__} has Lookahead already; wrap RAdam or another optimizer"
+            )
+        support.check_backend(backend)
+        hyperparameters.check_lookahead(k, alpha)
+        # Not Optimizer.__init__: it would make groups and state of its own.
+        self.__setstate__(
+            {"optimizer": optimizer, "_options": {"k": k, "alpha": alpha, "backend": backend}}
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # the hooks, and the patch of step()
+        self._dispatcher = Dispatcher(
+            dispatch.LOOKAHEAD, self._options["backend"], lambda *_: {}
+        )
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
+        for group in self.param_groups:
+            group.setdefault("lookahead_k", self._options["k"])
+            group.setdefault("lookahead_alpha", self._options["alpha"])
+            hyperparameters.check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
+
+    # --- the inner optimizer's, under this one's name -------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the inner optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the inner optimizer's; the group may set ``lookahead_k`` and ``lookahead_alpha``."""
+        hyperparameters.check_lookahead(
+            param_group.get("lookahead_k", self._options["k"]),
+            param_group.get("lookahead_alpha", self._options["alpha"]),
+        )
+        self.optimizer.add_param_group(param_group)
+        self._complete_groups()
+
+    def __repr__(self) -> str:
+        return f"Lookahead (k: {self._options['k']}, alpha: {self._options['alpha']})\n{self.optimizer!r}"
+
+    # --- the step ---------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step of the inner optimizer, and every ``k`` of them a pull to slow weights.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; optional.
+
+        Returns:
+            What the inner optimizer's ``step`` returned.
+        """
+        self._check_ready("step()")
+        self._complete_groups()
+        params = [param for group in self.param_groups for param in group["params"]]
+        # A closure makes the gradients within the inner step: until then any parameter may move.
+        may_move = [closure is not None or param.grad is not None for param in params]
+        first = {
+            param: new_slow_param(param)
+            for param, may in zip(params, may_move, strict=True)
+            if may and "slow_param" not in self.state.get(param, {})
+        }
+        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        moved = may_move if closure is None else [param.grad is not None for param in params]
+        for param, moves in zip(params, moved, strict=True):
+            if moves and param in first:
+                # Not before: an empty state is how optimizers know a parameter's first step.
+                state = self.state[param]
+                state["slow_param"] = first[param]
+                if not is_step_tensor(state.get("lookahead_step")):
+                    state["lookahead_step"] = step_tensor()
+        self._dispatcher.collect(self.param_groups, self.state, moved)
+        hypers = [interpolation(group) for group in self.param_groups]
+        self._dispatcher.launch(hypers, [1.0] * len(hypers))
+        return result
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's ``state_dict()``, with the slow weights among the state."""
+        self._check_ready("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        result = self.optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a checkpoint of the inner optimizer alone.
+
+        Slow weights keep the precision they were saved in; where there are none they start from
+        the parameters as they are at the next step.
+        """
+        self._check_ready("load_state_dict()")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+
+        inner, ours = {}, {}
+        for key, value in state_dict["state"].items():
+            if isinstance(value, dict):
+                ours[key] = {name: value[name] for name in STATE_NAMES if name in value}
+                value = {name: v for name, v in value.items() if name not in STATE_NAMES}
+            inner[key] = value
+        self.optimizer.load_state_dict({**state_dict, "state": inner})
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(saved["params"], group["params"], strict=True):
+                for name, value in ours.get(key, {}).items():
+                    self.state[param][name] = restore_value(param, name, value)
+        self._complete_groups()
+        self._dispatcher.reset()
+        for done_hook in self._optimizer_load_state_dict_post_hooks.values():
+            done_hook(self)
+
+
+def interpolation(group: dict[str, Any]) -> Hyperparameters:
+    """A group's Lookahead, as the rule takes it; what RAdam alone reads is neutral."""
+    return Hyperparameters(
+        lr=0.0,
+        beta1=0.0,
+        beta2=0.0,
+        eps=1.0,
+        weight_decay=0.0,
+        rho_threshold=4.0,
+        alpha=group["lookahead_alpha"],
+        k=group["lookahead_k"],
+        decoupled_weight_decay=False,
+        maximize=False,
+    )

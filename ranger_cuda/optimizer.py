@@ -1,0 +1,178 @@
+"""What RAdam and Ranger share: the conventions of ``torch.optim`` around one fused step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import hyperparameters, rounding, support
+from .checkpoint import Shielded, is_step_tensor, restore_state, shield_state, step_tensor
+from .clipping import clip_coefficients
+from .dispatch import Dispatcher, Rule
+from .hyperparameters import Hyperparameters
+from .tensors import state_dtype
+
+
+class FusedOptimizer(Optimizer):
+    """Base of :class:`RAdam` and :class:`Ranger`; not for use on its own.
+
+    Args:
+        params: as for every ``torch.optim.Optimizer``.
+        defaults: the hyperparameters, by name.
+        backend: a backend's name, or None.
+        amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its overflow flag to the step.
+        differentiable: refused if true.
+    """
+
+    _rule: Rule
+    # Set by GradScaler for the length of a step, if amp_scaling is on.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        backend: str | None,
+        amp_scaling: bool,
+        differentiable: bool,
+    ) -> None:
+        support.check_backend(backend)
+        if differentiable:
+            raise ValueError(
+                "differentiable=True is not supported: the fused step writes in place, outside "
+                "autograd. Use torch.optim.RAdam(differentiable=True)"
+            )
+        self._options: dict[str, Any] = {"backend": backend, "amp_scaling": amp_scaling}
+        self._prepare()
+        super().__init__(params, defaults)
+
+    def _prepare(self) -> None:
+        # Made anew rather than copied or pickled.
+        self._dispatcher = Dispatcher(self._rule, self._options["backend"], self._new_state)
+        if self._options["amp_scaling"]:
+            # On the instance: on the class, frameworks would change their ways for everyone.
+            self._step_supports_amp_scaling = True
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; optional.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse or does not fit its parameter, or the state does
+                not.
+            ValueError: a hyperparameter is out of range, or no backend serves a parameter.
+                In either case no parameter and no state has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_ready("step()")
+        if self.found_inf is not None and self.found_inf.item():
+            return loss
+        hypers = [hyperparameters.check(group) for group in self.param_groups]
+        self._dispatcher.collect(self.param_groups, self.state)
+        self._dispatcher.launch(hypers, self._grad_scales(hypers))
+        return loss
+
+    def _check_ready(self, call: str) -> None:
+        """Raise if ``call`` may not be made now."""
+
+    def _grad_scales(self, hypers: list[Hyperparameters]) -> list[float]:
+        """For each group: loss unscale, times clip coefficient, times sign."""
+        unscale = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
+        return [
+            -unscale * clip if hyper.maximize else unscale * clip
+            for hyper, clip in zip(
+                hypers, clip_coefficients(self.param_groups, unscale), strict=True
+            )
+        ]
+
+    def _new_state(
+        self, param: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What ``state`` lacks for a first step, or for a step after a change of dtype."""
+        new: dict[str, Any] = {}
+        if not is_step_tensor(state.get("step")):
+            new["step"] = step_tensor(state.get("step", 0.0))
+        dtype = state_dtype(param)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                new[name] = torch.zeros_like(
+                    param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+                )
+        if "slow_param" in self._rule.streams and "slow_param" not in state:
+            new["slow_param"] = new_slow_param(param)
+        master = rounding.master_state(param.dtype, group["weight_rounding"])
+        if master is not None and master[0] not in state:
+            new[master[0]] = rounding.new_master_state(param, *master)
+        return new
+
+    # --- groups, checkpoints, copies ----------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; it may set every hyperparameter for itself.
+
+        Raises:
+            ValueError, TypeError: a hyperparameter or a parameter cannot be used.
+        """
+        if isinstance(param_group, dict):
+            hyperparameters.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a dict, in ``torch.optim``'s format."""
+        self._check_ready("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, here or in RAdam, Adam or AdamW of torch.
+
+        Every state keeps the precision it was saved in. A hyperparameter that the checkpoint does
+        not have keeps its value; a Lookahead without slow weights starts from the parameters as
+        they are at the next step.
+
+        Raises:
+            ValueError: the checkpoint does not fit. Nothing has been changed then.
+        """
+        self._check_ready("load_state_dict()")
+        # Registered last, so that it sees what the user's hooks made of the checkpoint.
+        shield = self.register_load_state_dict_pre_hook(shield_state)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            shield.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called to unpickle and copy, and by load_state_dict with new groups and states.
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self._prepare()
+        for i, group in enumerate(self.param_groups):
+            known = {**self.defaults, **(before[i] if i < len(before) else {})}
+            for name in self.defaults:
+                group.setdefault(name, known[name])
+        for param, saved in self.state.items():
+            if isinstance(saved, Shielded):
+                self.state[param] = restore_state(param, saved)
+
+
+def new_slow_param(param: Tensor) -> Tensor:
+    """The slow weight that a parameter starts with: itself, in the precision of the arithmetic."""
+    return param.detach().to(
+        state_dtype(param), copy=True, memory_format=torch.preserve_format
+    )

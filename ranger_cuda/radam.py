@@ -1,0 +1,102 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import dispatch
+from .optimizer import FusedOptimizer
+
+
+class RAdam(FusedOptimizer):
+    """Rectified Adam as one fused multi-tensor step.
+
+    Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", ICLR 2020
+    (arXiv:1908.03265), Algorithm 2. In place of ``torch.optim.RAdam``: the same arguments and,
+    with ``rho_threshold=5``, the same results up to rounding.
+
+    Args:
+        params: parameters, named parameters or parameter groups. float32, float64, complex64 and
+            complex128 run natively on the CPU; bfloat16, float16 and other devices on the
+            reference backend.
+        lr: learning rate, at least 0; a number or a 1-element tensor.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added to the square root of the second moment, before bias correction as in
+            ``torch.optim.RAdam``; above 0.
+        weight_decay: at least 0.
+        decoupled_weight_decay: False: added to the gradient (L2). True: the parameter is
+            multiplied by ``1 - lr * weight_decay`` (Loshchilov and Hutter, arXiv:1711.05101).
+        rho_threshold: rectify when the length of the approximated SMA, rho_t, is above this. 4 as
+            in the paper; 5 is ``torch.optim.RAdam``'s; not below 4.
+        maximize: ascend instead of descend.
+        backend: "cpu", "reference", or None: the fastest that serves a parameter's device and
+            dtype. All return the same bits.
+        weight_rounding: of bfloat16 and float16 parameters. "exact" keeps what rounding takes in
+            the state (``residual``, int16; ``master``, float32); "nearest" loses it, as plain
+            PyTorch does.
+        state_dtype: of the moments; float32 (float64 parameters keep float64).
+        max_grad_norm: scale gradients down so that the 2-norm of all of the optimizer's gradients
+            is at most this; None: no clipping. The gradients themselves are not written.
+        amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflown
+            steps to the step itself.
+        foreach, fused, capturable: taken so that existing calls go on to work; every step here is
+            fused, and they change nothing.
+        differentiable: not supported.
+
+    Every argument from ``lr`` to ``maximize``, ``weight_rounding`` and ``max_grad_norm`` may be set
+    for each parameter group.
+
+    State of a parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
+    (the parameter's shape).
+
+    Raises:
+        ValueError: an argument is out of range; the message says what would be right.
+        RuntimeError: the requested backend cannot run on this machine.
+    """
+
+    _rule = dispatch.RADAM
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        rho_threshold: float = 4.0,
+        maximize: bool = False,
+        backend: str | None = None,
+        weight_rounding: str = "exact",
+        state_dtype: torch.dtype = torch.float32,
+        max_grad_norm: float | None = None,
+        amp_scaling: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "rho_threshold": rho_threshold,
+            "maximize": maximize,
+            "weight_rounding": weight_rounding,
+            "state_dtype": state_dtype,
+            "max_grad_norm": max_grad_norm,
+        }
+        super().__init__(
+            params,
+            defaults,
+            backend=backend,
+            amp_scaling=amp_scaling,
+            differentiable=differentiable,
+        )

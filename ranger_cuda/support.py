@@ -1,0 +1,144 @@
+"""Which backend serves what: one table, which dispatch, the tests and ``info`` read."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIAGNOSTIC = "python -m ranger_cuda info"
+
+
+class Backend(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    devices: tuple[str, ...] | None  # device types; None: all
+    dtypes: tuple[torch.dtype, ...]  # of parameters
+    what: str
+
+
+_FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+# In the order in which backend=None tries them.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", ("cpu",), _FULL, "native C++, one parallel pass over the whole model"),
+        Backend(
+            "reference",
+            None,
+            (*_FULL, torch.bfloat16, torch.float16),
+            "plain PyTorch, one parameter at a time; the spec of the others",
+        ),
+    )
+}
+
+# Named in the design, not in this version.
+PLANNED = {
+    "cuda": "CUDA kernels, one launch for the whole model",
+    "triton": "Triton kernels, for GPUs without a CUDA toolkit at install time",
+}
+
+
+class Obstacle(NamedTuple):
+    """Why a backend cannot run here, and what would mend it."""
+
+    cause: str
+    fix: str
+
+
+@functools.cache
+def extension() -> ModuleType | Obstacle:
+    """The compiled module ``ranger_cuda._C``, or why there is none."""
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return Obstacle(
+            f"torch {torch.__version__} has no DLPack C exchange API",
+            "install torch 2.10 or newer",
+        )
+    try:
+        return importlib.import_module("ranger_cuda._C")
+    except ModuleNotFoundError:
+        return Obstacle(
+            "the extension ranger_cuda._C was not compiled",
+            "install a C++ compiler, then: pip install --force-reinstall --no-deps ranger_cuda "
+            "(from a clone: pip install .), without RANGER_BACKENDS=none",
+        )
+    except ImportError as error:
+        return Obstacle(
+            f"the extension ranger_cuda._C could not be loaded: {error}",
+            "build it anew on this machine: pip install --force-reinstall --no-deps .",
+        )
+
+
+def obstacle(name: str) -> Obstacle | None:
+    """Why backend ``name`` cannot run on this machine; None if it can."""
+    if name in PLANNED:
+        return Obstacle(
+            f"this version has no {name} kernels yet",
+            "leave backend=None: parameters on a GPU are moved by the reference backend",
+        )
+    if name == "reference":
+        return None
+    found = extension()
+    return found if isinstance(found, Obstacle) else None
+
+
+def check_backend(name: str | None) -> None:
+    """Raise unless ``name`` is None or a backend that runs on this machine.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: there is, and it cannot run here; says why and what would mend it.
+    """
+    if name is None:
+        return
+    if name not in BACKENDS and name not in PLANNED:
+        known = ", ".join(repr(known) for known in (*BACKENDS, *PLANNED))
+        raise ValueError(f"Invalid backend: {name!r}; use None (chosen by device) or one of {known}")
+    why_not = obstacle(name)
+    if why_not is not None:
+        raise RuntimeError(
+            f"backend={name!r} cannot run here: {why_not.cause}. {why_not.fix}. "
+            f"`{DIAGNOSTIC}` says what can"
+        )
+
+
+def serves(backend: Backend, param: Tensor) -> bool:
+    """Whether ``backend`` has kernels for ``param``'s device and dtype."""
+    on_device = backend.devices is None or param.device.type in backend.devices
+    # A tensor that stands for the negative of its memory is nothing that a kernel can write to.
+    lazy = param.is_neg() and backend.name != "reference"
+    return on_device and param.dtype in backend.dtypes and not lazy
+
+
+def choose(requested: str | None, param: Tensor, name: str) -> str:
+    """The backend for ``param``: the first of the table that serves it, or the requested one.
+
+    Args:
+        requested: a backend's name, or None.
+        name: what error messages call the parameter.
+    Raises:
+        ValueError: the requested backend, or every one, lacks the parameter's device or dtype.
+    """
+    candidates = BACKENDS.values() if requested is None else (BACKENDS[requested],)
+    for backend in candidates:
+        if serves(backend, param) and obstacle(backend.name) is None:
+            return backend.name
+    wanted = "no backend" if requested is None else f"backend={requested!r} does not"
+    verb = "supports" if requested is None else "support"
+    raise ValueError(
+        f"{wanted} {verb} {name}: {param.dtype} on {param.device}. "
+        + ("Supported: " + "; ".join(describe(backend) for backend in candidates))
+    )
+
+
+def describe(backend: Backend) -> str:
+    """One backend's row in words."""
+    devices = "any device" if backend.devices is None else ", ".join(backend.devices)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
+    return f"{backend.name} ({devices}: {dtypes})"

@@ -1,0 +1,131 @@
+"""What the kernels see of a tensor: plain, real, strided, on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rounding import compute_dtype
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+else:  # a torch built without it has no DTensors to tell apart
+
+    class DTensor(Tensor):  # type: ignore[no-redef]
+        pass
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        shard = tensor.to_local()
+    # A shard that is still being communicated is a wrapper around the tensor to wait for.
+    return shard.wait() if hasattr(shard, "wait") else shard
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A real, detached view of this rank's memory: complex numbers become pairs."""
+    tensor = local(tensor.detach())
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def plain_grad(param: Tensor, name: str) -> Tensor:
+    """The gradient of ``param`` as the kernels may read it: real, strided, same device.
+
+    Copies only where the memory does not hold the values themselves (a lazy conjugate or
+    negation, a DTensor laid out otherwise than its parameter, another dtype).
+
+    Args:
+        param: a parameter whose ``grad`` is not None.
+        name: what error messages call the parameter.
+
+    Raises:
+        RuntimeError: the gradient is sparse, or does not fit the parameter.
+    """
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} is {grad.layout}, and sparse gradients are not supported; "
+            "make it dense (sparse=False in torch.nn.Embedding, or param.grad.to_dense())"
+        )
+    if isinstance(param, DTensor) != isinstance(grad, DTensor):
+        raise RuntimeError(
+            f"{name} is a {type(param).__name__} and its gradient a {type(grad).__name__}; both "
+            "must be DTensors, or neither"
+        )
+    if isinstance(param, DTensor) and isinstance(grad, DTensor):
+        if grad.device_mesh != param.device_mesh:
+            raise RuntimeError(f"{name} and its gradient are on different device meshes")
+        if grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+    grad = local(grad.detach())
+    target = local(param.detach())
+    if grad.shape != target.shape or grad.device != target.device:
+        raise RuntimeError(
+            f"the gradient of {name} has shape {tuple(grad.shape)} on {grad.device}, but the "
+            f"parameter has shape {tuple(target.shape)} on {target.device}; call zero_grad() "
+            "after moving or resizing a model"
+        )
+    if grad.is_complex() != target.is_complex():
+        raise RuntimeError(
+            f"the gradient of {name} is {grad.dtype}, but the parameter is {target.dtype}"
+        )
+    grad = grad.resolve_conj().resolve_neg()
+    grad = torch.view_as_real(grad) if grad.is_complex() else grad
+    return grad.to(compute_dtype(target.dtype))
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of the moments and the slow weights of ``param``."""
+    return param.dtype if param.is_complex() else compute_dtype(param.dtype)
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raise if no backend could write to ``param`` in place.
+
+    Raises:
+        ValueError: it has no memory of its own for each of its elements.
+    """
+    where = local(param.detach())
+    if where.layout != torch.strided or where.device.type == "meta":
+        raise ValueError(
+            f"{name} is a {where.layout} tensor on {where.device}; an optimizer needs dense "
+            "memory to update: materialize the model before the first step"
+        )
+    if any(n > 1 and stride == 0 for n, stride in zip(where.shape, where.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is an expanded tensor, several of whose elements share memory; make it "
+            "contiguous: param.data = param.data.contiguous()"
+        )
+    if where.is_conj():
+        raise ValueError(
+            f"{name} is a lazy conjugate of its memory; resolve it: "
+            "param.data = param.data.resolve_conj()"
+        )
+
+
+def check_state(param: Tensor, state: dict[str, Any], name: str) -> None:
+    """Raise if the state no longer fits its parameter.
+
+    Raises:
+        RuntimeError: a state tensor is on another device, or of another shape or precision.
+    """
+    target = local(param.detach())
+    for key in ("exp_avg", "exp_avg_sq", "slow_param"):
+        if key not in state:
+            continue
+        value = local(state[key])
+        found = (value.dtype, value.device, tuple(value.shape))
+        wanted = (state_dtype(target), target.device, tuple(target.shape))
+        if found != wanted:
+            raise RuntimeError(
+                f"state {key!r} of {name} is {found[0]} on {found[1]} of shape {found[2]}, but the "
+                f"parameter needs {wanted[0]} on {wanted[1]} of shape {wanted[2]}. After moving or "
+                "converting a model, optimizer.load_state_dict(optimizer.state_dict()) brings the "
+                "state along; a parameter of another shape needs a new optimizer"
+            )
