@@ -9,9 +9,8 @@ std::vector<int32_t> memory_order(const Layout& layout) {
   for (int32_t dim = 0; dim < layout.ndim; ++dim) {
     if (layout.sizes[dim] != 1) order.push_back(dim);
   }
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-    return layout.strides[a] > layout.strides[b];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return layout.strides[a] > layout.strides[b]; });
   return order;
 }
 

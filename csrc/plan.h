@@ -24,8 +24,8 @@ struct TensorRow {
   DType dtype = DType::kFloat32;
   int32_t group = 0;
   float* step = nullptr;
-  std::vector<int64_t> sizes;              // outermost first; dimensions of one element left out
-  std::array<void*, kStreams> data = {};   // nullptr: the parameter has no such stream
+  std::vector<int64_t> sizes;             // outermost first; dimensions of one element left out
+  std::array<void*, kStreams> data = {};  // nullptr: the parameter has no such stream
   std::array<Strides, kStreams> strides;
 };
 

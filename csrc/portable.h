@@ -1,4 +1,5 @@
-// One source for host and device: marks and math that nvcc and the host compilers spell differently.
+// One source for host and device: marks and math that nvcc and the host compilers spell
+// differently.
 #pragma once
 
 #include <cmath>

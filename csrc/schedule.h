@@ -80,16 +80,12 @@ struct Coefficients {
 
 template <typename T>
 RANGER_HOST_DEVICE Coefficients<T> coefficients(const Hyperparameters& h, const Schedule& s) {
-  return {static_cast<T>(h.grad_scale),
-          static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
-          static_cast<T>(h.beta1),
-          static_cast<T>(1.0 - h.beta1),
-          static_cast<T>(h.beta2),
-          static_cast<T>(1.0 - h.beta2),
-          static_cast<T>(h.eps),
-          static_cast<T>(s.decay),
-          static_cast<T>(s.step_size),
-          static_cast<T>(h.alpha)};
+  return {
+      static_cast<T>(h.grad_scale), static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
+      static_cast<T>(h.beta1),      static_cast<T>(1.0 - h.beta1),
+      static_cast<T>(h.beta2),      static_cast<T>(1.0 - h.beta2),
+      static_cast<T>(h.eps),        static_cast<T>(s.decay),
+      static_cast<T>(s.step_size),  static_cast<T>(h.alpha)};
 }
 
 }  // namespace ranger

@@ -58,8 +58,8 @@ StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
       plain_grad_(std::move(plain_grad)) {}
 
 void StepPlan::add_entry(py::object param, int32_t group, Kind kind) {
-  const bool has_own_grad =
-      !py::type::of(param).attr("grad").is(py::module_::import("torch").attr("Tensor").attr("grad"));
+  const bool has_own_grad = !py::type::of(param).attr("grad").is(
+      py::module_::import("torch").attr("Tensor").attr("grad"));
   entries_.push_back({py::weakref(param), group, -1, kind, true, has_own_grad});
 }
 
@@ -71,8 +71,8 @@ void StepPlan::add_foreign(py::object param, int32_t group) {
   add_entry(std::move(param), group, Kind::kForeign);
 }
 
-void StepPlan::add_row(py::object param, int32_t group, py::dict state,
-                       const py::sequence& streams, py::str step_name) {
+void StepPlan::add_row(py::object param, int32_t group, py::dict state, const py::sequence& streams,
+                       py::str step_name) {
   const py::object plain = plain_(param);
   const DLTensor tensor = exchange_.describe(plain.ptr());
   const Layout layout = layout_of(tensor);
@@ -116,8 +116,7 @@ void StepPlan::add_row(py::object param, int32_t group, py::dict state,
       DLTensor itself;
       item.tensor = py::weakref(value);
       item.memory = found->second;
-      item.is_plain =
-          exchange_.try_describe(value.ptr(), &itself) && item.memory.matches(itself);
+      item.is_plain = exchange_.try_describe(value.ptr(), &itself) && item.memory.matches(itself);
     }
     key.state.push_back(std::move(item));
   }
@@ -181,8 +180,8 @@ bool StepPlan::probe_memory() {
   probe_ = (probe_ + 1) % keys_.size();
   for (const StateItem& item : keys_[probe_].state) {
     DLTensor tensor;
-    if (item.is_plain && !(exchange_.try_describe(referent(item.tensor), &tensor) &&
-                           item.memory.matches(tensor))) {
+    if (item.is_plain &&
+        !(exchange_.try_describe(referent(item.tensor), &tensor) && item.memory.matches(tensor))) {
       return false;
     }
   }
@@ -199,8 +198,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
 
   size_t position = 0;
   for (Py_ssize_t group = 0; group < PyList_GET_SIZE(param_groups.ptr()); ++group) {
-    PyObject* params =
-        PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), group), kParams);
+    PyObject* params = PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), group), kParams);
     if (params == nullptr || !PyList_Check(params)) return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i, ++position) {
       PyObject* param = PyList_GET_ITEM(params, i);
@@ -226,8 +224,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
   return position == entries_.size() && state_is_unchanged(optimizer_state);
 }
 
-bool StepPlan::collect_row(const Entry& entry, int64_t position, PyObject* param,
-                           PyObject* grad) {
+bool StepPlan::collect_row(const Entry& entry, int64_t position, PyObject* param, PyObject* grad) {
   const RowKey& key = keys_[entry.row];
   if (entry.is_plain) {
     DLTensor tensor;

@@ -50,8 +50,7 @@ TensorKey::TensorKey(const DLTensor& tensor)
       dtype_(tensor.dtype),
       device_(tensor.device),
       shape_and_strides_(tensor.shape, tensor.shape + tensor.ndim) {
-  shape_and_strides_.insert(shape_and_strides_.end(), tensor.strides,
-                            tensor.strides + tensor.ndim);
+  shape_and_strides_.insert(shape_and_strides_.end(), tensor.strides, tensor.strides + tensor.ndim);
 }
 
 bool TensorKey::same_kind(const DLTensor& tensor) const {

@@ -86,6 +86,7 @@ def step_tensor(value: Any = 0.0) -> Tensor:
 
 
 def is_step_tensor(value: Any) -> bool:
+    """Whether ``value`` is a step count as it is kept."""
     return (
         isinstance(value, Tensor)
         and value.dtype == torch.float32

@@ -79,9 +79,7 @@ class Dispatcher:
         self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
         self._rows: list[Row] = []
 
-    def collect(
-        self, param_groups: Groups, state: State, moved: list[bool] | None = None
-    ) -> None:
+    def collect(self, param_groups: Groups, state: State, moved: list[bool] | None = None) -> None:
         """Find and check what moves in this step.
 
         Args:
@@ -143,7 +141,7 @@ class Dispatcher:
         extension: Any = support.extension()
         plan = extension.StepPlan(
             getattr(extension.StepPlan.Rule, self._rule.name),
-            Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
+            Tensor.__dlpack_c_exchange_api__,
             plain,
             self._plain_grad,
         )
@@ -154,9 +152,7 @@ class Dispatcher:
             elif chosen[param] == "reference" or param in planned:
                 plan.add_foreign(param, group)
             else:
-                plan.add_row(
-                    param, group, state[param], self._rule.streams, self._rule.step_name
-                )
+                plan.add_row(param, group, state[param], self._rule.streams, self._rule.step_name)
                 planned.add(param)
         plan.finish(state)
         return plan

@@ -88,6 +88,7 @@ def check(group: Mapping[str, Any]) -> Hyperparameters:
 
 
 def check_eps(eps: float) -> None:
+    """Raise unless ``eps`` keeps a zero gradient from dividing by zero."""
     # Half of float32's smallest number and less rounds to 0, which is the same NaN as eps = 0.
     if not (math.isfinite(eps) and eps > 2.0**-150):
         raise ValueError(
@@ -109,6 +110,7 @@ def check_lookahead(k: Any, alpha: Any) -> None:
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:
+    """Raise unless ``max_grad_norm`` is a norm to clip to, or None."""
     if max_grad_norm is not None and not (
         isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0.0
     ):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dispatch, hyperparameters, support
@@ -50,6 +48,7 @@ class Lookahead(SlowWeights, Optimizer):
     """
 
     optimizer: Optimizer
+    _options: dict[str, Any]
 
     def __init__(
         self, optimizer: Optimizer, k: int = 6, alpha: float = 0.5, *, backend: str | None = None
@@ -75,9 +74,7 @@ class Lookahead(SlowWeights, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # the hooks, and the patch of step()
-        self._dispatcher = Dispatcher(
-            dispatch.LOOKAHEAD, self._options["backend"], lambda *_: {}
-        )
+        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"], lambda *_: {})
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -89,7 +86,8 @@ class Lookahead(SlowWeights, Optimizer):
     # --- the inner optimizer's, under this one's name -------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -97,7 +95,8 @@ class Lookahead(SlowWeights, Optimizer):
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
+        """The inner optimizer's state."""
         return self.optimizer.state
 
     @state.setter
@@ -105,7 +104,8 @@ class Lookahead(SlowWeights, Optimizer):
         self.optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's defaults."""
         return self.optimizer.defaults
 
     @defaults.setter
@@ -126,7 +126,8 @@ class Lookahead(SlowWeights, Optimizer):
         self._complete_groups()
 
     def __repr__(self) -> str:
-        return f"Lookahead (k: {self._options['k']}, alpha: {self._options['alpha']})\n{self.optimizer!r}"
+        k, alpha = self._options["k"], self._options["alpha"]
+        return f"Lookahead (k: {k}, alpha: {alpha})\n{self.optimizer!r}"
 
     # --- the step ---------------------------------------------------------------------------
 

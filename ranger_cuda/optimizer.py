@@ -173,6 +173,4 @@ class FusedOptimizer(Optimizer):
 
 def new_slow_param(param: Tensor) -> Tensor:
     """The slow weight that a parameter starts with: itself, in the precision of the arithmetic."""
-    return param.detach().to(
-        state_dtype(param), copy=True, memory_format=torch.preserve_format
-    )
+    return param.detach().to(state_dtype(param), copy=True, memory_format=torch.preserve_format)

@@ -32,6 +32,7 @@ def master_state(dtype: torch.dtype, weight_rounding: str) -> tuple[str, torch.d
 
 
 def new_master_state(param: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The state that completes ``param`` as it is now; see :func:`master_state`."""
     if name == "master":
         return param.detach().to(dtype, memory_format=torch.preserve_format, copy=True)
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

@@ -30,6 +30,8 @@ class Schedule(NamedTuple):
 class Coefficients(NamedTuple):
     """Every scalar of the update rule, each rounded once to the dtype of the arithmetic."""
 
+    rectified: bool
+    sync: bool
     grad_scale: float
     weight_decay: float  # added to the gradient (L2); 0 when decoupled or off
     beta1: float
@@ -40,8 +42,6 @@ class Coefficients(NamedTuple):
     decay: float
     step_size: float
     alpha: float
-    rectified: bool
-    sync: bool
 
 
 def ipow(base: float, exponent: int) -> float:
@@ -66,10 +66,7 @@ def schedule(hyper: Hyperparameters, step: int) -> Schedule:
     rectified = rho_t > hyper.rho_threshold
     if rectified:
         r_t = math.sqrt(
-            (rho_t - 4.0)
-            * (rho_t - 2.0)
-            * rho_inf
-            / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t)
+            (rho_t - 4.0) * (rho_t - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t)
         )
         step_size = hyper.lr * r_t * math.sqrt(1.0 - beta2_t) / (1.0 - beta1_t)
     else:
@@ -95,7 +92,7 @@ def coefficients(
         now.step_size,
         hyper.alpha,
     )
-    return Coefficients(*rounded(exact, dtype), now.rectified, now.sync)
+    return Coefficients(now.rectified, now.sync, *rounded(exact, dtype))
 
 
 def rounded(values: Sequence[float], dtype: torch.dtype) -> list[float]:

@@ -99,7 +99,9 @@ def check_backend(name: str | None) -> None:
         return
     if name not in BACKENDS and name not in PLANNED:
         known = ", ".join(repr(known) for known in (*BACKENDS, *PLANNED))
-        raise ValueError(f"Invalid backend: {name!r}; use None (chosen by device) or one of {known}")
+        raise ValueError(
+            f"Invalid backend: {name!r}; use None (chosen by device) or one of {known}"
+        )
     why_not = obstacle(name)
     if why_not is not None:
         raise RuntimeError(
@@ -129,11 +131,10 @@ def choose(requested: str | None, param: Tensor, name: str) -> str:
     for backend in candidates:
         if serves(backend, param) and obstacle(backend.name) is None:
             return backend.name
-    wanted = "no backend" if requested is None else f"backend={requested!r} does not"
-    verb = "supports" if requested is None else "support"
+    supported = "; ".join(f"{backend.name} ({describe(backend)})" for backend in candidates)
     raise ValueError(
-        f"{wanted} {verb} {name}: {param.dtype} on {param.device}. "
-        + ("Supported: " + "; ".join(describe(backend) for backend in candidates))
+        f"{name} is {param.dtype} on {param.device}, which backend={requested!r} does not serve; "
+        f"supported: {supported}"
     )
 
 
@@ -141,4 +142,4 @@ def describe(backend: Backend) -> str:
     """One backend's row in words."""
     devices = "any device" if backend.devices is None else ", ".join(backend.devices)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
-    return f"{backend.name} ({devices}: {dtypes})"
+    return f"{devices}: {dtypes}"

@@ -14,7 +14,7 @@ if torch.distributed.is_available():
 else:  # a torch built without it has no DTensors to tell apart
 
     class DTensor(Tensor):  # type: ignore[no-redef]
-        pass
+        """Never instantiated."""
 
 
 def local(tensor: Tensor) -> Tensor:

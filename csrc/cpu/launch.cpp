@@ -62,8 +62,15 @@ bool is_consecutive(const TensorRow& row) {
 
 template <typename T>
 RadamArgs<T> radam_args(const Chunk& chunk, const RowSchedule& now) {
-  return {chunk.count, nullptr, nullptr, nullptr, nullptr, nullptr,
-          coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified, now.schedule.sync};
+  return {chunk.count,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
+          nullptr,
+          coefficients<T>(*now.hyper, now.schedule),
+          now.schedule.rectified,
+          now.schedule.sync};
 }
 
 template <typename T>
@@ -93,8 +100,8 @@ template <typename T>
 void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
   const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
   const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
-  lookahead(kernels(), LookaheadArgs<T>{chunk.count, p.data(), slow.data(),
-                                        static_cast<T>(now.hyper->alpha)});
+  lookahead(kernels(),
+            LookaheadArgs<T>{chunk.count, p.data(), slow.data(), static_cast<T>(now.hyper->alpha)});
   p.write_back();
   slow.write_back();
 }
@@ -107,8 +114,8 @@ void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>
     if (schedules[row].active) elements += rows[row].numel;
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
-#pragma omp parallel for schedule(dynamic, 4) num_threads(num_threads) \
-    if (num_threads > 1 && elements > kSerialElements)
+#pragma omp parallel for schedule(dynamic, 4) \
+    num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
     if (schedules[chunk.row].active) body(rows[chunk.row], chunk, schedules[chunk.row]);

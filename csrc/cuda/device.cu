@@ -29,8 +29,7 @@ DeviceReport report_devices() {
       break;
     }
     report.devices.push_back(std::string(properties.name) + ", sm_" +
-                             std::to_string(properties.major) +
-                             std::to_string(properties.minor));
+                             std::to_string(properties.major) + std::to_string(properties.minor));
   }
   cudaGetLastError();  // an error here is none of the next caller's
   return report;

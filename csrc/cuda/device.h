@@ -7,9 +7,9 @@
 namespace ranger::cuda {
 
 struct DeviceReport {
-  int runtime_version = 0;  // as CUDA counts: 13000 is 13.0
-  int driver_version = 0;   // 0: no driver
-  std::string error;        // why no device can be used; empty if one can
+  int runtime_version = 0;           // as CUDA counts: 13000 is 13.0
+  int driver_version = 0;            // 0: no driver
+  std::string error;                 // why no device can be used; empty if one can
   std::vector<std::string> devices;  // name and compute capability
 };
 

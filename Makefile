@@ -1,0 +1,27 @@
+# The verbs of a contributor, in the active virtual environment. `make` lists them.
+PYTHON ?= python3
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /  make \1  \t/p' Makefile
+
+install:  ## build in place, with everything that the other verbs need
+	$(PYTHON) -m pip install -e ".[train,test,lint]"
+
+test:  ## run the tests
+	$(PYTHON) -m pytest
+
+lint:  ## check style, formatting and types
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+	mypy
+
+format:  ## format Python and C++
+	ruff format
+	clang-format -i $(CXX_SOURCES)
+
+bench:  ## measure the step against its peers (see benchmarks/README.md)
+	$(PYTHON) benchmarks/step_time.py
+
+.PHONY: help install test lint format bench
