@@ -86,48 +86,57 @@ void StepPlan::add_row(py::object param, int32_t group, py::dict state, const py
   row.group = group;
   row.sizes = ordered_sizes(layout, key.order);
   set_stream(row, kParam, tensor, key.order);
+  bind_state(row, key, state, streams, step_name);
 
-  std::unordered_map<PyObject*, TensorKey> used;
+  add_entry(param, group, Kind::kRow);
+  entries_.back().row = static_cast<int32_t>(rows_.size());
+  entries_.back().is_plain = describes_itself(param, key.param);
+  rows_.push_back(std::move(row));
+  keys_.push_back(std::move(key));
+}
+
+void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
+                          const py::sequence& streams, const py::str& step_name) {
   static constexpr Stream kStateStreams[] = {kExpAvg, kExpAvgSq, kSlowParam};
+  std::unordered_map<PyObject*, TensorKey> used;
   for (size_t i = 0; i < std::size(kStateStreams); ++i) {
     const py::object name = streams[i];
     if (name.is_none()) continue;
     const py::object whole = state[name];
     const py::object part = plain_(whole);
-    const DLTensor described = exchange_.describe(part.ptr());
-    if (!key.param.same_kind(described) || !key.param.same_shape(described)) {
+    const DLTensor tensor = exchange_.describe(part.ptr());
+    if (!key.param.same_kind(tensor) || !key.param.same_shape(tensor)) {
       throw py::value_error("state " + std::string(py::str(name)) +
                             " differs from its parameter in dtype, device or shape");
     }
-    set_stream(row, kStateStreams[i], described, key.order);
-    used[whole.ptr()] = TensorKey(described);
+    set_stream(row, kStateStreams[i], tensor, key.order);
+    used[whole.ptr()] = TensorKey(tensor);
   }
   const py::object step = state[step_name];
-  const DLTensor described = exchange_.describe(step.ptr());
-  if (dtype_of(described) != DType::kFloat32 || described.device.device_type != kDLCPU) {
-    throw py::value_error("state 'step' must be a float32 tensor on the CPU");
+  const DLTensor tensor = exchange_.describe(step.ptr());
+  if (dtype_of(tensor) != DType::kFloat32 || tensor.device.device_type != kDLCPU) {
+    throw py::value_error("state " + std::string(step_name) +
+                          " must be a float32 tensor on the CPU");
   }
-  row.step = static_cast<float*>(data_of(described));
-  used[step.ptr()] = TensorKey(described);
+  row.step = static_cast<float*>(data_of(tensor));
+  used[step.ptr()] = TensorKey(tensor);
+
   for (const auto& [name, value] : state) {
     StateItem item{py::reinterpret_borrow<py::object>(name), {}, {}, false};
     const auto found = used.find(value.ptr());
     if (found != used.end()) {
-      DLTensor itself;
       item.tensor = py::weakref(value);
       item.memory = found->second;
-      item.is_plain = exchange_.try_describe(value.ptr(), &itself) && item.memory.matches(itself);
+      item.is_plain = describes_itself(value, item.memory);
     }
     key.state.push_back(std::move(item));
   }
+}
 
-  add_entry(param, group, Kind::kRow);
-  entries_.back().row = static_cast<int32_t>(rows_.size());
+// False for a DTensor or a complex tensor, which are described through plain_().
+bool StepPlan::describes_itself(py::handle tensor, const TensorKey& key) const {
   DLTensor itself;
-  entries_.back().is_plain =
-      exchange_.try_describe(param.ptr(), &itself) && key.param.matches(itself);
-  rows_.push_back(std::move(row));
-  keys_.push_back(std::move(key));
+  return exchange_.try_describe(tensor.ptr(), &itself) && key.matches(itself);
 }
 
 void StepPlan::finish(const py::dict& optimizer_state) {

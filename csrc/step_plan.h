@@ -83,6 +83,9 @@ class StepPlan {
   bool state_is_unchanged(const pybind11::dict& optimizer_state);
   bool probe_memory();
   void add_entry(pybind11::object param, int32_t group, Kind kind);
+  void bind_state(TensorRow& row, RowKey& key, const pybind11::dict& state,
+                  const pybind11::sequence& streams, const pybind11::str& step_name);
+  bool describes_itself(pybind11::handle tensor, const TensorKey& key) const;
 
   Rule rule_;
   TensorExchange exchange_;

@@ -9,15 +9,15 @@ namespace ranger::cpu {
 
 template <typename T>
 struct RadamArgs {
-  int64_t count;
-  T* p;
-  const T* g;
-  T* m;
-  T* v;
-  T* slow;  // read and written on a sync step only
   Coefficients<T> c;
   bool rectified;
   bool sync;
+  int64_t count;
+  T* p = nullptr;
+  const T* g = nullptr;
+  T* m = nullptr;
+  T* v = nullptr;
+  T* slow = nullptr;  // read and written on a sync step only
 };
 
 template <typename T>

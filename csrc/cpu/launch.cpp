@@ -61,21 +61,9 @@ bool is_consecutive(const TensorRow& row) {
 }
 
 template <typename T>
-RadamArgs<T> radam_args(const Chunk& chunk, const RowSchedule& now) {
-  return {chunk.count,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr,
-          nullptr,
-          coefficients<T>(*now.hyper, now.schedule),
-          now.schedule.rectified,
-          now.schedule.sync};
-}
-
-template <typename T>
 void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
-  RadamArgs<T> args = radam_args<T>(chunk, now);
+  RadamArgs<T> args{coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified,
+                    now.schedule.sync, chunk.count};
   const auto bind = [&](auto&& at) {
     args.p = at(kParam);
     args.g = at(kGrad);
