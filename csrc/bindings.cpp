@@ -75,8 +75,8 @@ PYBIND11_MODULE(_C, module) {
       .value("LOOKAHEAD", StepPlan::Rule::kLookahead);
   plan.def(py::init<StepPlan::Rule, py::capsule, py::object, py::object>(), py::arg("rule"),
            py::arg("exchange_api"), py::arg("plain"), py::arg("plain_grad"))
-      .def("add_row", &StepPlan::add_row, py::arg("param"), py::arg("group"), py::arg("state"),
-           py::arg("streams"), py::arg("step_name"))
+      .def("add_row", &StepPlan::add_row, py::arg("param"), py::arg("group"), py::arg("name"),
+           py::arg("state"), py::arg("streams"), py::arg("step_name"))
       .def("add_idle", &StepPlan::add_idle, py::arg("param"), py::arg("group"))
       .def("add_foreign", &StepPlan::add_foreign, py::arg("param"), py::arg("group"))
       .def("finish", &StepPlan::finish, py::arg("optimizer_state"))

@@ -57,10 +57,11 @@ StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)) {}
 
-void StepPlan::add_entry(py::object param, int32_t group, Kind kind) {
+StepPlan::Entry& StepPlan::add_entry(py::object param, int32_t group, Kind kind) {
   const bool has_own_grad = !py::type::of(param).attr("grad").is(
       py::module_::import("torch").attr("Tensor").attr("grad"));
-  entries_.push_back({py::weakref(param), group, -1, kind, true, has_own_grad});
+  entries_.push_back({py::weakref(param), group, -1, kind, true, has_own_grad, py::str()});
+  return entries_.back();
 }
 
 void StepPlan::add_idle(py::object param, int32_t group) {
@@ -71,8 +72,8 @@ void StepPlan::add_foreign(py::object param, int32_t group) {
   add_entry(std::move(param), group, Kind::kForeign);
 }
 
-void StepPlan::add_row(py::object param, int32_t group, py::dict state, const py::sequence& streams,
-                       py::str step_name) {
+void StepPlan::add_row(py::object param, int32_t group, py::str name, py::dict state,
+                       const py::sequence& streams, py::str step_name) {
   const py::object plain = plain_(param);
   const DLTensor tensor = exchange_.describe(plain.ptr());
   const Layout layout = layout_of(tensor);
@@ -88,9 +89,10 @@ void StepPlan::add_row(py::object param, int32_t group, py::dict state, const py
   set_stream(row, kParam, tensor, key.order);
   bind_state(row, key, state, streams, step_name);
 
-  add_entry(param, group, Kind::kRow);
-  entries_.back().row = static_cast<int32_t>(rows_.size());
-  entries_.back().is_plain = describes_itself(param, key.param);
+  Entry& entry = add_entry(param, group, Kind::kRow);
+  entry.row = static_cast<int32_t>(rows_.size());
+  entry.is_plain = describes_itself(param, key.param);
+  entry.name = std::move(name);
   rows_.push_back(std::move(row));
   keys_.push_back(std::move(key));
 }
@@ -225,7 +227,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
         continue;
       }
       if (entry.kind == Kind::kIdle) return false;
-      if (!collect_row(entry, static_cast<int64_t>(position), param, gradient.ptr())) return false;
+      if (!collect_row(entry, param, gradient.ptr())) return false;
       if (gradient) gradients_.push_back(std::move(gradient));
       active_.push_back(entry.row);
     }
@@ -233,7 +235,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
   return position == entries_.size() && state_is_unchanged(optimizer_state);
 }
 
-bool StepPlan::collect_row(const Entry& entry, int64_t position, PyObject* param, PyObject* grad) {
+bool StepPlan::collect_row(const Entry& entry, PyObject* param, PyObject* grad) {
   const RowKey& key = keys_[entry.row];
   if (entry.is_plain) {
     DLTensor tensor;
@@ -244,7 +246,7 @@ bool StepPlan::collect_row(const Entry& entry, int64_t position, PyObject* param
     if (!key.param.matches(exchange_.describe(plain.ptr()))) return false;
     if (grad == nullptr) return true;
   }
-  py::object resolved = plain_grad_(position);
+  py::object resolved = plain_grad_(py::handle(param), entry.name);
   const bool bound = bind_gradient(entry, resolved.ptr());
   gradients_.push_back(std::move(resolved));
   return bound;

@@ -19,8 +19,8 @@ class StepPlan {
   enum class Rule { kRadam, kLookahead };
 
   // `plain(param)`: a DTensor's or complex parameter's memory as a real tensor.
-  // `plain_grad(position)`: likewise the gradient of the parameter at that position, counted over
-  // all groups, for gradients that the kernels cannot read as they are; may raise.
+  // `plain_grad(param, name)`: likewise its gradient, if the kernels cannot read it as it is; may
+  // raise. Neither may hold the plan: Python's garbage collector does not see into it.
   StepPlan(Rule rule, const pybind11::capsule& exchange_api, pybind11::object plain,
            pybind11::object plain_grad);
 
@@ -28,8 +28,9 @@ class StepPlan {
   //
   // A parameter that this plan moves. `state`: its entry in the optimizer's state. `streams`: the
   // names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where there is
-  // none; `step_name`: that of the step count, a float32 scalar on the CPU.
-  void add_row(pybind11::object param, int32_t group, pybind11::dict state,
+  // none; `step_name`: that of the step count, a float32 scalar on the CPU. `name`: what errors
+  // call the parameter.
+  void add_row(pybind11::object param, int32_t group, pybind11::str name, pybind11::dict state,
                const pybind11::sequence& streams, pybind11::str step_name);
   // A parameter without state: the plan holds as long as it has no gradient.
   void add_idle(pybind11::object param, int32_t group);
@@ -55,6 +56,7 @@ class StepPlan {
     Kind kind;
     bool is_plain;      // false: described through plain()
     bool has_own_grad;  // its type's `grad` is not torch.Tensor's
+    pybind11::str name;
   };
 
   // One item of a parameter's state.
@@ -77,12 +79,12 @@ class StepPlan {
     int32_t row;    // -1: not one of this plan's
   };
 
-  bool collect_row(const Entry& entry, int64_t position, PyObject* param, PyObject* grad);
+  bool collect_row(const Entry& entry, PyObject* param, PyObject* grad);
   bool bind_gradient(const Entry& entry, PyObject* grad);
   static bool same_items(const std::vector<StateItem>& items, PyObject* state);
   bool state_is_unchanged(const pybind11::dict& optimizer_state);
   bool probe_memory();
-  void add_entry(pybind11::object param, int32_t group, Kind kind);
+  Entry& add_entry(pybind11::object param, int32_t group, Kind kind);
   void bind_state(TensorRow& row, RowKey& key, const pybind11::dict& state,
                   const pybind11::sequence& streams, const pybind11::str& step_name);
   bool describes_itself(pybind11::handle tensor, const TensorKey& key) const;

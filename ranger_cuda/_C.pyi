@@ -16,12 +16,13 @@ class StepPlan:
         rule: Rule,
         exchange_api: object,
         plain: Callable[[Tensor], Tensor],
-        plain_grad: Callable[[int], Tensor],
+        plain_grad: Callable[[Tensor, str], Tensor],
     ) -> None: ...
     def add_row(
         self,
         param: Tensor,
         group: int,
+        name: str,
         state: dict[str, Any],
         streams: Sequence[str | None],
         step_name: str,

@@ -62,27 +62,33 @@ class Dispatcher:
     Args:
         rule: what moves the parameters.
         backend: what the user asked for, or None.
-        new_state: ``new_state(param, group, state)`` returns what ``state`` lacks; it may
-            allocate, and must change nothing.
+
+    Neither it nor its plan refers back to the optimizer: deleting that frees its state at once.
     """
 
-    def __init__(self, rule: Rule, backend: str | None, new_state: NewState) -> None:
+    def __init__(self, rule: Rule, backend: str | None) -> None:
         self._rule = rule
         self._backend = backend
-        self._new_state = new_state
         self.reset()
 
     def reset(self) -> None:
         """Forget the plan: the next step makes a new one."""
         self._plan: Any = None
-        self._members: list[Member] = []
         self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
         self._rows: list[Row] = []
 
-    def collect(self, param_groups: Groups, state: State, moved: list[bool] | None = None) -> None:
+    def collect(
+        self,
+        param_groups: Groups,
+        state: State,
+        new_state: NewState,
+        moved: list[bool] | None = None,
+    ) -> None:
         """Find and check what moves in this step.
 
         Args:
+            new_state: ``new_state(param, group, state)`` returns what ``state`` lacks; it may
+                allocate, and must change nothing.
             moved: for each parameter, in the order of the groups, whether it moves. None: those
                 that have a gradient do, and the rule reads it.
         Raises:
@@ -91,16 +97,16 @@ class Dispatcher:
         """
         if self._plan is None or not self._plan.collect(param_groups, state, moved):
             self.reset()
-            self._make_plan(param_groups, state, moved)
+            self._make_plan(param_groups, state, new_state, moved)
             if self._plan is not None and not self._plan.collect(param_groups, state, moved):
                 raise RuntimeError(
                     "the parameters changed while the step was being prepared; do not change an "
                     "optimizer from another thread while it steps"
                 )
         self._rows = [
-            Row(param, None if moved else plain_grad(param, name), state[param], group)
+            Row(param, plain_grad(param, name) if moved is None else None, state[param], group)
             for position, (param, group, name) in self._foreign
-            if (moved[position] if moved else param.grad is not None)
+            if (param.grad is not None if moved is None else moved[position])
         ]
 
     def launch(self, hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]) -> None:
@@ -111,52 +117,52 @@ class Dispatcher:
             self._rule.reference(self._rows, hypers, grad_scales)
             self._rows = []
 
-    def _make_plan(self, param_groups: Groups, state: State, moved: list[bool] | None) -> None:
-        self._members = list(members(param_groups))
+    def _make_plan(
+        self, param_groups: Groups, state: State, new_state: NewState, moved: list[bool] | None
+    ) -> None:
+        found = list(members(param_groups))
         chosen: dict[Tensor, str] = {}
         missing: dict[Tensor, dict[str, Any]] = {}
         foreign: list[tuple[int, Member]] = []
-        for position, member in enumerate(self._members):
+        for position, member in enumerate(found):
             param, group, name = member
             known = state.get(param, {})
-            moves = moved[position] if moved else param.grad is not None
+            moves = param.grad is not None if moved is None else moved[position]
             # A parameter that a group names twice moves once.
             if param in chosen or not (moves or self._rule.step_name in known):
                 continue
             check_param(param, name)
-            if moves and not moved:
+            if moves and moved is None:
                 plain_grad(param, name)
             chosen[param] = support.choose(self._backend, plain(param), name)
-            missing[param] = self._new_state(param, param_groups[group], known)
-            check_state(param, {**known, **missing[param]}, name)
+            missing[param] = new_state(param, param_groups[group], known)
+            check_state(param, {**known, **missing[param]}, self._rule.streams, name)
             if chosen[param] == "reference":
                 foreign.append((position, member))
         for param, new in missing.items():
             state.setdefault(param, {}).update(new)
         self._foreign = foreign
         if len(foreign) < len(chosen):
-            self._plan = self._native_plan(state, chosen)
+            self._plan = self._native_plan(found, state, chosen)
 
-    def _native_plan(self, state: State, chosen: dict[Tensor, str]) -> Any:
+    def _native_plan(self, found: list[Member], state: State, chosen: dict[Tensor, str]) -> Any:
         extension: Any = support.extension()
         plan = extension.StepPlan(
             getattr(extension.StepPlan.Rule, self._rule.name),
             Tensor.__dlpack_c_exchange_api__,
             plain,
-            self._plain_grad,
+            plain_grad,
         )
         planned: set[Tensor] = set()
-        for param, group, _ in self._members:
+        for param, group, name in found:
             if param not in chosen:
                 plan.add_idle(param, group)
             elif chosen[param] == "reference" or param in planned:
                 plan.add_foreign(param, group)
             else:
-                plan.add_row(param, group, state[param], self._rule.streams, self._rule.step_name)
+                plan.add_row(
+                    param, group, name, state[param], self._rule.streams, self._rule.step_name
+                )
                 planned.add(param)
         plan.finish(state)
         return plan
-
-    def _plain_grad(self, position: int) -> Tensor:
-        member = self._members[position]
-        return plain_grad(member.param, member.name)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dispatch, hyperparameters, support
 from .checkpoint import is_step_tensor, restore_value, step_tensor
-from .dispatch import Dispatcher
+from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
+from .tensors import plain
 
 STATE_NAMES = ("slow_param", "lookahead_step")
 
@@ -74,7 +76,7 @@ class Lookahead(SlowWeights, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # the hooks, and the patch of step()
-        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"], lambda *_: {})
+        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -142,14 +144,16 @@ class Lookahead(SlowWeights, Optimizer):
         """
         self._check_ready("step()")
         self._complete_groups()
-        params = [param for group in self.param_groups for param in group["params"]]
+        found = list(members(self.param_groups))
+        params = [member.param for member in found]
         # A closure makes the gradients within the inner step: until then any parameter may move.
         may_move = [closure is not None or param.grad is not None for param in params]
-        first = {
-            param: new_slow_param(param)
-            for param, may in zip(params, may_move, strict=True)
-            if may and "slow_param" not in self.state.get(param, {})
-        }
+        first: dict[Tensor, Tensor] = {}
+        for member, may in zip(found, may_move, strict=True):
+            if may and "slow_param" not in self.state.get(member.param, {}):
+                # What cannot be served raises here, before the inner optimizer changes anything.
+                support.choose(self._options["backend"], plain(member.param), member.name)
+                first[member.param] = new_slow_param(member.param)
         result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         moved = may_move if closure is None else [param.grad is not None for param in params]
         for param, moves in zip(params, moved, strict=True):
@@ -159,7 +163,7 @@ class Lookahead(SlowWeights, Optimizer):
                 state["slow_param"] = first[param]
                 if not is_step_tensor(state.get("lookahead_step")):
                     state["lookahead_step"] = step_tensor()
-        self._dispatcher.collect(self.param_groups, self.state, moved)
+        self._dispatcher.collect(self.param_groups, self.state, lambda *_: {}, moved)
         hypers = [interpolation(group) for group in self.param_groups]
         self._dispatcher.launch(hypers, [1.0] * len(hypers))
         return result

@@ -54,7 +54,7 @@ class FusedOptimizer(Optimizer):
 
     def _prepare(self) -> None:
         # Made anew rather than copied or pickled.
-        self._dispatcher = Dispatcher(self._rule, self._options["backend"], self._new_state)
+        self._dispatcher = Dispatcher(self._rule, self._options["backend"])
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
@@ -82,7 +82,7 @@ class FusedOptimizer(Optimizer):
         if self.found_inf is not None and self.found_inf.item():
             return loss
         hypers = [hyperparameters.check(group) for group in self.param_groups]
-        self._dispatcher.collect(self.param_groups, self.state)
+        self._dispatcher.collect(self.param_groups, self.state, self._new_state)
         self._dispatcher.launch(hypers, self._grad_scales(hypers))
         return loss
 

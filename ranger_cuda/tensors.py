@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -109,15 +110,17 @@ def check_param(param: Tensor, name: str) -> None:
         )
 
 
-def check_state(param: Tensor, state: dict[str, Any], name: str) -> None:
-    """Raise if the state no longer fits its parameter.
+def check_state(
+    param: Tensor, state: dict[str, Any], keys: Iterable[str | None], name: str
+) -> None:
+    """Raise if what ``state`` has under ``keys`` no longer fits its parameter.
 
     Raises:
         RuntimeError: a state tensor is on another device, or of another shape or precision.
     """
     target = local(param.detach())
-    for key in ("exp_avg", "exp_avg_sq", "slow_param"):
-        if key not in state:
+    for key in keys:
+        if key is None:
             continue
         value = local(state[key])
         found = (value.dtype, value.device, tuple(value.shape))
