@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -142,31 +143,44 @@ class Lookahead(SlowWeights, Optimizer):
         Returns:
             What the inner optimizer's ``step`` returned.
         """
+        any_may_move = closure is not None  # it makes the gradients within the inner step
+        first = self._first_slow_params(any_may_move)
+        moved = self._have_gradient()
+        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._pull(first, self._have_gradient() if any_may_move else moved)
+        return result
+
+    def _have_gradient(self) -> list[bool]:
+        return [m.param.grad is not None for m in members(self.param_groups)]
+
+    # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
+    @torch.compiler.disable
+    def _first_slow_params(self, any_may_move: bool) -> dict[Tensor, Tensor]:
+        """The slow weights of parameters that may move now and have none."""
         self._check_ready("step()")
         self._complete_groups()
-        found = list(members(self.param_groups))
-        params = [member.param for member in found]
-        # A closure makes the gradients within the inner step: until then any parameter may move.
-        may_move = [closure is not None or param.grad is not None for param in params]
         first: dict[Tensor, Tensor] = {}
-        for member, may in zip(found, may_move, strict=True):
-            if may and "slow_param" not in self.state.get(member.param, {}):
+        for param, _, name in members(self.param_groups):
+            moves = any_may_move or param.grad is not None
+            if moves and "slow_param" not in self.state.get(param, {}):
                 # What cannot be served raises here, before the inner optimizer changes anything.
-                support.choose(self._options["backend"], plain(member.param), member.name)
-                first[member.param] = new_slow_param(member.param)
-        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        moved = may_move if closure is None else [param.grad is not None for param in params]
-        for param, moves in zip(params, moved, strict=True):
-            if moves and param in first:
+                support.choose(self._options["backend"], plain(param), name)
+                first[param] = new_slow_param(param)
+        return first
+
+    @torch.compiler.disable
+    def _pull(self, first: dict[Tensor, Tensor], moved: list[bool]) -> None:
+        """Count a step of the parameters that moved, and interpolate where a cycle ends."""
+        for member, moves in zip(members(self.param_groups), moved, strict=True):
+            if moves and member.param in first:
                 # Not before: an empty state is how optimizers know a parameter's first step.
-                state = self.state[param]
-                state["slow_param"] = first[param]
+                state = self.state[member.param]
+                state["slow_param"] = first[member.param]
                 if not is_step_tensor(state.get("lookahead_step")):
                     state["lookahead_step"] = step_tensor()
         self._dispatcher.collect(self.param_groups, self.state, lambda *_: {}, moved)
         hypers = [interpolation(group) for group in self.param_groups]
         self._dispatcher.launch(hypers, [1.0] * len(hypers))
-        return result
 
     # --- checkpoints ------------------------------------------------------------------------
 

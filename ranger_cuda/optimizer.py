@@ -78,13 +78,19 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    # torch.compile breaks its graph here: nothing to trace in a call of compiled code, and no
+    # recompilation as steps and learning rates change.
+    @torch.compiler.disable
+    def _step(self) -> None:
         self._check_ready("step()")
         if self.found_inf is not None and self.found_inf.item():
-            return loss
+            return
         hypers = [hyperparameters.check(group) for group in self.param_groups]
         self._dispatcher.collect(self.param_groups, self.state, self._new_state)
         self._dispatcher.launch(hypers, self._grad_scales(hypers))
-        return loss
 
     def _check_ready(self, call: str) -> None:
         """Raise if ``call`` may not be made now."""
