@@ -22,11 +22,6 @@ py::object steal(PyObject* object) {
   return py::reinterpret_steal<py::object>(object);
 }
 
-// What `weak` refers to; None once that is gone. One load, where the C API makes a reference.
-PyObject* referent(const py::object& weak) {
-  return reinterpret_cast<PyWeakReference*>(weak.ptr())->wr_object;
-}
-
 // The getter behind `tensor.grad`, for types that do not replace it: half the time of a look-up.
 PyGetSetDescrObject* gradient_getter() {
   static PyObject* const descriptor =
@@ -55,12 +50,18 @@ StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
     : rule_(rule),
       exchange_(exchange_api),
       plain_(std::move(plain)),
-      plain_grad_(std::move(plain_grad)) {}
+      plain_grad_(std::move(plain_grad)),
+      on_death_([outlived = outlived_](py::handle) { *outlived = true; }) {}
+
+PyObject* StepPlan::watch(py::handle object) {
+  watches_.emplace_back(object, on_death_);
+  return object.ptr();
+}
 
 StepPlan::Entry& StepPlan::add_entry(py::object param, int32_t group, Kind kind) {
   const bool has_own_grad = !py::type::of(param).attr("grad").is(
       py::module_::import("torch").attr("Tensor").attr("grad"));
-  entries_.push_back({py::weakref(param), group, -1, kind, true, has_own_grad, py::str()});
+  entries_.push_back({watch(param), group, -1, kind, true, has_own_grad, py::str()});
   return entries_.back();
 }
 
@@ -124,10 +125,10 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
   used[step.ptr()] = TensorKey(tensor);
 
   for (const auto& [name, value] : state) {
-    StateItem item{py::reinterpret_borrow<py::object>(name), {}, {}, false};
+    StateItem item{py::reinterpret_borrow<py::object>(name), nullptr, {}, false};
     const auto found = used.find(value.ptr());
     if (found != used.end()) {
-      item.tensor = py::weakref(value);
+      item.tensor = watch(value);
       item.memory = found->second;
       item.is_plain = describes_itself(value, item.memory);
     }
@@ -144,7 +145,7 @@ bool StepPlan::describes_itself(py::handle tensor, const TensorKey& key) const {
 void StepPlan::finish(const py::dict& optimizer_state) {
   std::unordered_map<PyObject*, int32_t> row_of;
   for (const Entry& entry : entries_) {
-    if (entry.kind == Kind::kRow) row_of[referent(entry.param)] = entry.row;
+    if (entry.kind == Kind::kRow) row_of[entry.param] = entry.row;
   }
   for (const auto& [key, value] : optimizer_state) {
     const auto found = row_of.find(key.ptr());
@@ -162,7 +163,7 @@ bool StepPlan::same_items(const std::vector<StateItem>& items, PyObject* state) 
   size_t i = 0;
   while (PyDict_Next(state, &position, &name, &value)) {
     if (i == items.size() || items[i].name.ptr() != name) return false;
-    if (items[i].tensor && referent(items[i].tensor) != value) return false;
+    if (items[i].tensor != nullptr && items[i].tensor != value) return false;
     ++i;
   }
   return i == items.size();
@@ -192,7 +193,7 @@ bool StepPlan::probe_memory() {
   for (const StateItem& item : keys_[probe_].state) {
     DLTensor tensor;
     if (item.is_plain &&
-        !(exchange_.try_describe(referent(item.tensor), &tensor) && item.memory.matches(tensor))) {
+        !(exchange_.try_describe(item.tensor, &tensor) && item.memory.matches(tensor))) {
       return false;
     }
   }
@@ -206,6 +207,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
   static PyGetSetDescrObject* const getter = gradient_getter();
   active_.clear();
   gradients_.clear();
+  if (*outlived_) return false;
 
   size_t position = 0;
   for (Py_ssize_t group = 0; group < PyList_GET_SIZE(param_groups.ptr()); ++group) {
@@ -215,7 +217,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
       PyObject* param = PyList_GET_ITEM(params, i);
       if (position == entries_.size()) return false;
       const Entry& entry = entries_[position];
-      if (entry.group != group || referent(entry.param) != param) return false;
+      if (entry.group != group || entry.param != param) return false;
       if (entry.kind == Kind::kForeign) continue;
       py::object gradient;
       if (moved.is_none()) {

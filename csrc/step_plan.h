@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/launch.h"
@@ -50,7 +51,7 @@ class StepPlan {
   enum class Kind : int8_t { kRow, kIdle, kForeign };
 
   struct Entry {
-    pybind11::weakref param;  // weak: the plan keeps nothing alive and trusts no reused address
+    PyObject* param;  // watched
     int32_t group;
     int32_t row;  // -1 unless kRow
     Kind kind;
@@ -62,7 +63,7 @@ class StepPlan {
   // One item of a parameter's state.
   struct StateItem {
     pybind11::object name;
-    pybind11::object tensor;  // a weak reference; empty for what the kernels do not touch
+    PyObject* tensor;  // watched; nullptr for what the kernels do not touch
     TensorKey memory;
     bool is_plain;  // false: a DTensor or complex, whose memory is not probed
   };
@@ -84,6 +85,7 @@ class StepPlan {
   static bool same_items(const std::vector<StateItem>& items, PyObject* state);
   bool state_is_unchanged(const pybind11::dict& optimizer_state);
   bool probe_memory();
+  PyObject* watch(pybind11::handle object);
   Entry& add_entry(pybind11::object param, int32_t group, Kind kind);
   void bind_state(TensorRow& row, RowKey& key, const pybind11::dict& state,
                   const pybind11::sequence& streams, const pybind11::str& step_name);
@@ -93,6 +95,13 @@ class StepPlan {
   TensorExchange exchange_;
   pybind11::object plain_;
   pybind11::object plain_grad_;
+
+  // Weak references to every watched object: the plan keeps nothing alive. One that goes takes the
+  // plan with it, so an address that is used again is never trusted, and a step compares addresses
+  // without following one.
+  std::shared_ptr<bool> outlived_ = std::make_shared<bool>(false);
+  pybind11::cpp_function on_death_;
+  std::vector<pybind11::weakref> watches_;
 
   std::vector<Entry> entries_;
   std::vector<TensorRow> rows_;

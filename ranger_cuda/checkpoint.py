@@ -36,7 +36,9 @@ def shield_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     ):
         params.update(zip(saved["params"], group["params"], strict=False))
         try:
-            hyperparameters.check({**optimizer.defaults, **group, **saved})
+            hyperparameters.check(
+                {**optimizer.defaults, **group, **saved}, lookahead="k" in optimizer.defaults
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
     state = {}
@@ -55,6 +57,15 @@ def _check(state: dict[str, Any], param: Tensor, key: Any) -> None:
             f"loaded state dict: the state of parameter {key} has {sorted(state)} but no "
             f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
         )
+    check_shapes(state, param, key)
+
+
+def check_shapes(state: dict[str, Any], param: Tensor, key: Any) -> None:
+    """Raise if a saved state is one of a parameter of another shape.
+
+    Raises:
+        ValueError: says which, and both shapes.
+    """
     for name in ("exp_avg", "exp_avg_sq", "slow_param"):
         if name in state and state[name].shape != param.shape:
             raise ValueError(

@@ -27,25 +27,35 @@ class Hyperparameters(NamedTuple):
     maximize: bool
 
 
-def read(group: Mapping[str, Any]) -> Hyperparameters:
+def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group. Nothing is checked here; see :func:`check`."""
     beta1, beta2 = group["betas"]
     return Hyperparameters(
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        float(group["rho_threshold"]),
-        float(group.get("alpha", 1.0)),
-        group.get("k", 0),
+        _number(group["lr"]),
+        _number(beta1),
+        _number(beta2),
+        _number(group["eps"]),
+        _number(group["weight_decay"]),
+        _number(group["rho_threshold"]),
+        _number(group["alpha"]) if lookahead else 1.0,
+        group["k"] if lookahead else 0,
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
     )
 
 
-def check(group: Mapping[str, Any]) -> Hyperparameters:
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(f"{value!r} is a string")
+    return float(value)
+
+
+def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group and raise on the first value that no step may use.
+
+    Args:
+        lookahead: whether the optimizer has slow weights. A group of one without may still have
+            ``k`` and ``alpha``, from a checkpoint of one with, and they mean nothing there.
 
     Raises:
         ValueError: a value is out of range; the message has the value, the rule and a way out.
@@ -58,7 +68,7 @@ def check(group: Mapping[str, Any]) -> Hyperparameters:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
     try:
-        hyper = read(group)
+        hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
         shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         raise TypeError(f"Every hyperparameter must be a number, in {shown}: {error}") from error
@@ -79,7 +89,7 @@ def check(group: Mapping[str, Any]) -> Hyperparameters:
             f"Invalid rho_threshold value: {group['rho_threshold']}; it must be at least 4, "
             "where the rectification term becomes real (the paper's value; torch uses 5)"
         )
-    if "k" in group:
+    if lookahead:
         check_lookahead(group["k"], group["alpha"])
     check_max_grad_norm(group["max_grad_norm"])
     _check_choice(group, "weight_rounding", WEIGHT_ROUNDINGS)

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dispatch, hyperparameters, support
-from .checkpoint import is_step_tensor, restore_value, step_tensor
+from .checkpoint import check_shapes, is_step_tensor, restore_value, step_tensor
 from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
-from .tensors import plain
+from .tensors import check_param, plain
 
 STATE_NAMES = ("slow_param", "lookahead_step")
+GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
 
 
 class Lookahead(SlowWeights, Optimizer):
@@ -76,7 +77,9 @@ class Lookahead(SlowWeights, Optimizer):
         return {"optimizer": self.optimizer, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = dict(state["optimizer"].defaults)
         super().__setstate__(state)  # the hooks, and the patch of step()
+        state["optimizer"].defaults = known  # torch adds "differentiable" to any
         self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
         self._complete_groups()
 
@@ -121,12 +124,16 @@ class Lookahead(SlowWeights, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the inner optimizer's; the group may set ``lookahead_k`` and ``lookahead_alpha``."""
-        hyperparameters.check_lookahead(
-            param_group.get("lookahead_k", self._options["k"]),
-            param_group.get("lookahead_alpha", self._options["alpha"]),
-        )
+        if isinstance(param_group, dict):
+            self._check_group(param_group)
         self.optimizer.add_param_group(param_group)
         self._complete_groups()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        hyperparameters.check_lookahead(
+            group.get("lookahead_k", self._options["k"]),
+            group.get("lookahead_alpha", self._options["alpha"]),
+        )
 
     def __repr__(self) -> str:
         k, alpha = self._options["k"], self._options["alpha"]
@@ -164,6 +171,7 @@ class Lookahead(SlowWeights, Optimizer):
             moves = any_may_move or param.grad is not None
             if moves and "slow_param" not in self.state.get(param, {}):
                 # What cannot be served raises here, before the inner optimizer changes anything.
+                check_param(param, name)
                 support.choose(self._options["backend"], plain(param), name)
                 first[param] = new_slow_param(param)
         return first
@@ -174,11 +182,8 @@ class Lookahead(SlowWeights, Optimizer):
         for member, moves in zip(members(self.param_groups), moved, strict=True):
             if moves and member.param in first:
                 # Not before: an empty state is how optimizers know a parameter's first step.
-                state = self.state[member.param]
-                state["slow_param"] = first[member.param]
-                if not is_step_tensor(state.get("lookahead_step")):
-                    state["lookahead_step"] = step_tensor()
-        self._dispatcher.collect(self.param_groups, self.state, lambda *_: {}, moved)
+                self.state[member.param]["slow_param"] = first[member.param]
+        self._dispatcher.collect(self.param_groups, self.state, new_step, moved)
         hypers = [interpolation(group) for group in self.param_groups]
         self._dispatcher.launch(hypers, [1.0] * len(hypers))
 
@@ -196,10 +201,14 @@ class Lookahead(SlowWeights, Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a checkpoint of the inner optimizer alone.
+        """Load what :meth:`state_dict` returned, or a checkpoint of Ranger or the inner optimizer.
 
         Slow weights keep the precision they were saved in; where there are none they start from
-        the parameters as they are at the next step.
+        the parameters as they are at the next step. A group's Lookahead that the checkpoint does
+        not have stays as it is.
+
+        Raises:
+            ValueError: the checkpoint does not fit. Nothing of Lookahead's has been changed then.
         """
         self._check_ready("load_state_dict()")
         state_dict = state_dict.copy()
@@ -207,21 +216,37 @@ class Lookahead(SlowWeights, Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
 
+        params: dict[Any, Tensor] = {}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            self._check_group(saved)
+            params.update(zip(saved["params"], group["params"], strict=False))
         inner, ours = {}, {}
         for key, value in state_dict["state"].items():
             if isinstance(value, dict):
                 ours[key] = {name: value[name] for name in STATE_NAMES if name in value}
+                if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
+                    ours[key].setdefault("lookahead_step", value["step"])
                 value = {name: v for name, v in value.items() if name not in STATE_NAMES}
+                if key in params:
+                    check_shapes(ours[key], params[key], key)
             inner[key] = value
+        kept = [{n: group[n] for n in GROUP_NAMES if n in group} for group in self.param_groups]
         self.optimizer.load_state_dict({**state_dict, "state": inner})
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, param in zip(saved["params"], group["params"], strict=True):
-                for name, value in ours.get(key, {}).items():
-                    self.state[param][name] = restore_value(param, name, value)
+        for key, param in params.items():
+            for name, value in ours.get(key, {}).items():
+                self.state[param][name] = restore_value(param, name, value)
+        for group, options in zip(self.param_groups, kept, strict=True):
+            group.update({**options, **group})
         self._complete_groups()
         self._dispatcher.reset()
         for done_hook in self._optimizer_load_state_dict_post_hooks.values():
             done_hook(self)
+
+
+def new_step(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The step count of a parameter, where ``state`` has none."""
+    count = state.get("lookahead_step")
+    return {} if is_step_tensor(count) else {"lookahead_step": step_tensor(count or 0.0)}
 
 
 def interpolation(group: dict[str, Any]) -> Hyperparameters:

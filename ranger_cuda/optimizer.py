@@ -29,9 +29,10 @@ class FusedOptimizer(Optimizer):
     """
 
     _rule: Rule
-    # Set by GradScaler for the length of a step, if amp_scaling is on.
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # Set by GradScaler for the length of a step, if amp_scaling is on. They have no value on the
+    # class: GradScaler multiplies its scale by a grad_scale that is there.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class FusedOptimizer(Optimizer):
                 "autograd. Use torch.optim.RAdam(differentiable=True)"
             )
         self._options: dict[str, Any] = {"backend": backend, "amp_scaling": amp_scaling}
+        self._check_group(defaults)  # a group may override a value that is wrong
         self._prepare()
         super().__init__(params, defaults)
 
@@ -86,18 +88,29 @@ class FusedOptimizer(Optimizer):
     @torch.compiler.disable
     def _step(self) -> None:
         self._check_ready("step()")
-        if self.found_inf is not None and self.found_inf.item():
+        if getattr(self, "found_inf", None):
             return
-        hypers = [hyperparameters.check(group) for group in self.param_groups]
-        self._dispatcher.collect(self.param_groups, self.state, self._new_state)
-        self._dispatcher.launch(hypers, self._grad_scales(hypers))
+        try:
+            hypers = [self._check_group(group) for group in self.param_groups]
+            self._dispatcher.collect(self.param_groups, self.state, self._new_state)
+            self._dispatcher.launch(hypers, self._grad_scales(hypers))
+        except BaseException:
+            # GradScaler takes them back from a step that returns; left here, they would scale
+            # the next step as well.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
+        return hyperparameters.check(group, lookahead="slow_param" in self._rule.streams)
 
     def _check_ready(self, call: str) -> None:
         """Raise if ``call`` may not be made now."""
 
     def _grad_scales(self, hypers: list[Hyperparameters]) -> list[float]:
         """For each group: loss unscale, times clip coefficient, times sign."""
-        unscale = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale.item()
+        grad_scale = getattr(self, "grad_scale", None)
+        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         return [
             -unscale * clip if hyper.maximize else unscale * clip
             for hyper, clip in zip(
@@ -134,7 +147,7 @@ class FusedOptimizer(Optimizer):
             ValueError, TypeError: a hyperparameter or a parameter cannot be used.
         """
         if isinstance(param_group, dict):
-            hyperparameters.check({**self.defaults, **param_group})
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +180,7 @@ class FusedOptimizer(Optimizer):
         # Called to unpickle and copy, and by load_state_dict with new groups and states.
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
         for i, group in enumerate(self.param_groups):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}

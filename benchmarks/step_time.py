@@ -1,0 +1,263 @@
+"""Time of ``optimizer.step()`` against the peers, side by side in one run.
+
+    python benchmarks/step_time.py                  # measure, print a table
+    python benchmarks/step_time.py --out FILE.json  # and keep it
+    python benchmarks/step_time.py --check          # fail where a promise is not kept
+
+See benchmarks/README.md for the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.profiler import ProfilerActivity, profile
+
+import ranger_cuda
+from contestants import CONTESTANTS, Contestant, Step, step_of
+from workloads import CPU_DEFAULT, WORKLOADS, Shapes
+
+OURS = "ranger"
+CYCLE = 6  # Lookahead's period: every sample has as many syncs as every other
+WARM_UP = 2 * CYCLE  # past the rectification boundary, and two syncs
+MOST_TENSORS_TO_COMPILE = 200  # torch.compile takes over eight minutes for a step over 1,000
+
+# (workload, other): at most this fraction of the other's time.
+PROMISES = {
+    ("64 x 1024^2", "torch AdamW fused"): 1.0,
+    ("64 x 1024^2", "optimi Ranger"): 1 / 2,
+    ("64 x 1024^2", "pytorch-optimizer Ranger"): 1 / 4,
+    ("1000 x 64^2", "torch AdamW fused"): 1 / 3,
+    ("1000 x 1", "torch AdamW fused"): 1 / 15,
+}
+
+
+def main() -> int:
+    """Measure what is asked for; 1 if ``--check`` finds a promise that is not kept."""
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    result: dict[str, Any] = {"environment": environment(device), "workloads": {}}
+    for name in args.workloads or (CPU_DEFAULT if device.type == "cpu" else list(WORKLOADS)):
+        result["workloads"][name] = measure(WORKLOADS[name], device, args)
+        print(as_table(name, result["workloads"][name]), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.compare:
+        print(comparison(json.loads(args.compare.read_text()), result))
+    return check(result) if args.check else 0
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME")
+    names = [contestant.name for contestant in CONTESTANTS]
+    parser.add_argument("--skip", nargs="+", choices=names, default=[], metavar="CONTESTANT")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each contestant")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--compare", type=Path, help="an older result to compare with")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a promise is not kept")
+    return parser.parse_args()
+
+
+def measure(shapes: Shapes, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """One workload: every contestant verified, warmed up, then timed in turn."""
+    verify(shapes[: len(shapes) // 20 + 1], device)
+    gradients = [torch.randn(shape, device=device) for shape in shapes]
+    steps: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for contestant in CONTESTANTS:
+        if contestant.name in args.skip:
+            continue
+        if contestant.compiled and len(shapes) > MOST_TENSORS_TO_COMPILE:
+            reason = f"compiling a step over {len(shapes)} tensors takes too long"
+            rows[contestant.name] = {"missing": reason}
+            continue
+        try:
+            steps[contestant.name] = prepare(contestant, gradients)
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            rows[contestant.name] = {"missing": f"{reason} (pip install {contestant.package})"}
+            continue
+        rows[contestant.name] = {"bytes_allocated": allocated(steps[contestant.name], device)}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            samples[name].append(sample(step, device))
+    gc.enable()
+    for name, taken in samples.items():
+        low, middle, high = quantiles(taken, n=4)
+        ratios = [ours / theirs for ours, theirs in zip(samples[OURS], taken, strict=True)]
+        rows[name] |= {"ms": middle, "ms_quartiles": [low, high], "ratio": median(ratios)}
+    return rows
+
+
+def prepare(contestant: Contestant, gradients: list[torch.Tensor]) -> Step:
+    """Build, warm up, and see that the steps did something finite."""
+    params = [Parameter(torch.ones_like(gradient)) for gradient in gradients]
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+    step = step_of(contestant, contestant.build(params))
+    for _ in range(WARM_UP):
+        step()
+    for param in params:
+        if not bool(param.isfinite().all()) or bool((param == 1).all()):
+            raise AssertionError(f"{contestant.name} left a parameter unchanged or not finite")
+    return step
+
+
+def verify(shapes: Shapes, device: torch.device) -> None:
+    """What is timed is right: the bits of the reference after every step of a cycle and more."""
+    sets = [[Parameter(torch.ones(shape, device=device)) for shape in shapes] for _ in range(2)]
+    fast = ranger_cuda.Ranger(sets[0])
+    reference = ranger_cuda.Ranger(sets[1], backend="reference")
+    for _ in range(WARM_UP + 1):
+        for a, b in zip(*sets, strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        fast.step()
+        reference.step()
+        if not all(torch.equal(a, b) for a, b in zip(*sets, strict=True)):
+            raise AssertionError("the native step differs from the reference")
+
+
+def sample(step: Step, device: torch.device) -> float:
+    """Milliseconds of one step, over a whole Lookahead cycle."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(CYCLE):
+            step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / CYCLE
+    begun = time.perf_counter()
+    for _ in range(CYCLE):
+        step()
+    return (time.perf_counter() - begun) * 1e3 / CYCLE
+
+
+def allocated(step: Step, device: torch.device) -> int:
+    """Bytes of tensor memory that a whole cycle of steps asks for."""
+    if device.type == "cuda":
+        key = "allocated_bytes.all.allocated"
+        before = torch.cuda.memory_stats(device)[key]
+        for _ in range(CYCLE):
+            step()
+        return torch.cuda.memory_stats(device)[key] - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for _ in range(CYCLE):
+            step()
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and with what it was measured."""
+    found: dict[str, Any] = {
+        "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "packages": {contestant.package: installed(contestant) for contestant in CONTESTANTS},
+    }
+    if device.type == "cuda":
+        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+        found["nvidia_smi"] = run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    return found
+
+
+def processor() -> str:
+    """The CPU's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
+
+
+def installed(contestant: Contestant) -> str | None:
+    """The version of a contestant's package."""
+    try:
+        return version(contestant.package)
+    except PackageNotFoundError:
+        return None
+
+
+def run(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def as_table(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    """One workload for a person; the factor is the other's time over ours."""
+    lines = [f"\n{name}: step time, median [quartiles]; how much faster {OURS} is; bytes allocated"]
+    for contestant, row in rows.items():
+        if "missing" in row:
+            lines.append(f"  {contestant:<26} not measured: {row['missing']}")
+            continue
+        low, high = row["ms_quartiles"]
+        lines.append(
+            f"  {contestant:<26} {row['ms']:9.3f} ms [{low:.3f}, {high:.3f}]"
+            f"{1 / row['ratio']:8.2f} x  {row['bytes_allocated']:>12,} B"
+        )
+    return "\n".join(lines)
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Each median against an older result's; meaningful on the same machine only."""
+    lines = ["\nagainst the older result: new / old"]
+    for name, rows in new["workloads"].items():
+        for contestant, row in rows.items():
+            before = old["workloads"].get(name, {}).get(contestant, {}).get("ms")
+            if before and "ms" in row:
+                lines.append(f"  {name:<14} {contestant:<26} {row['ms'] / before:6.3f}")
+    return "\n".join(lines)
+
+
+def check(result: dict[str, Any]) -> int:
+    """Print each promise and whether it was kept."""
+    broken = 0
+    print("\npromises")
+    promises: list[tuple[str, float | None, float]] = []
+    for (name, other), limit in PROMISES.items():
+        ratio = result["workloads"].get(name, {}).get(other, {}).get("ratio")
+        promises.append((f"{name}: time against {other}", ratio, limit))
+    for name, rows in result["workloads"].items():
+        promises.append((f"{name}: bytes allocated in a cycle", rows[OURS]["bytes_allocated"], 0))
+    for what, value, limit in promises:
+        kept = value is not None and value <= limit
+        broken += not kept
+        shown = "not measured" if value is None else f"{value:.3f}"
+        print(f"  {'kept  ' if kept else 'BROKEN'} {what}: {shown}, at most {limit:.3f}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

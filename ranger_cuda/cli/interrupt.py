@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupt:
+    """While active, the first SIGINT or SIGTERM is remembered instead of ending the process.
+
+    The second one ends it as usual, for someone who does not want to wait for the step.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            number: handler
+            for number, handler in handlers.items()
+            if handler not in (None, signal.SIG_IGN)  # nohup and & ask to be left alone
+        }
+
+    def __enter__(self) -> Interrupt:
+        for number in self._previous:
+            signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell reports for a process that this signal ended: 130 or 143."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

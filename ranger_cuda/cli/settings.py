@@ -1,0 +1,158 @@
+"""What a training run is told: defaults, presets and flags, and what a resume may change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from . import corpus
+from .errors import CommandError
+from .gpt import SHAPES, Shape
+from .optimizers import OPTIMIZERS
+
+DEFAULTS: dict[str, Any] = {
+    "model": "tiny",
+    "data": corpus.STDLIB,
+    "max_bytes": 4_000_000,
+    "optimizers": ["ranger", "adamw", "radam"],
+    "batch_size": 8,
+    "seed": 0,
+    "device": "auto",
+    "steps": 4000,
+    "checkpoint_every": 500,
+    "evaluate_every": 200,
+}
+
+EVERY_OPTIMIZER = "*"  # the key of a learning rate that was given without a name
+
+# They say how long and how often, and leave every step as it is.
+_MAY_CHANGE_ON_RESUME = {"steps", "checkpoint_every", "evaluate_every"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A complete description of a run: together with the text, it determines every weight."""
+
+    model: str
+    layers: int
+    heads: int
+    width: int
+    context: int
+    data: str
+    max_bytes: int
+    optimizers: list[str]
+    lr: dict[str, float]
+    batch_size: int
+    seed: int
+    device: str
+    threads: int
+    steps: int
+    checkpoint_every: int
+    evaluate_every: int
+
+    @property
+    def shape(self) -> Shape:
+        """The size of the model."""
+        return Shape(self.layers, self.heads, self.width, self.context)
+
+
+def resolve(given: Mapping[str, Any]) -> Settings:
+    """Complete the flags that were given with the defaults, and check them."""
+    chosen = DEFAULTS | _normal(given)
+    shape = SHAPES[chosen["model"]]._asdict()
+    chosen |= {key: chosen.get(key, value) for key, value in shape.items()}
+    chosen["lr"] = _learning_rates(chosen["optimizers"], chosen.get("lr", {}))
+    chosen.setdefault("threads", torch.get_num_threads())
+    if chosen["device"] == "auto":
+        chosen["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Settings(**chosen)
+    _check(settings)
+    return settings
+
+
+def resume(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    """The settings of a saved run; flags need not be repeated, and may not contradict them."""
+    settings = Settings(**saved)
+    wanted = _normal(given)
+    if wanted.get("device") == "auto":
+        del wanted["device"]
+    if "lr" in wanted:
+        wanted["lr"] = settings.lr | _learning_rates(settings.optimizers, wanted["lr"], settings.lr)
+    differences = [
+        f"--{field.name.replace('_', '-')} is {_shown(wanted[field.name])}, "
+        f"and was {_shown(getattr(settings, field.name))}"
+        for field in fields(settings)
+        if field.name in wanted
+        and field.name not in _MAY_CHANGE_ON_RESUME
+        and wanted[field.name] != getattr(settings, field.name)
+    ]
+    if differences:
+        raise CommandError(
+            "these settings differ from those of the saved run: "
+            + "; ".join(differences)
+            + ". Leave them out to go on as before, or start another run with another --out"
+        )
+    free = {key: wanted[key] for key in _MAY_CHANGE_ON_RESUME if key in wanted}
+    settings = replace(settings, **free)
+    _check(settings)
+    return settings
+
+
+def as_dict(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values that a checkpoint and a JSON file can hold."""
+    return asdict(settings)
+
+
+def _normal(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags in the form in which they are saved."""
+    known = {field.name for field in fields(Settings)}
+    normal = {key: value for key, value in given.items() if key in known}
+    if normal.get("data", corpus.STDLIB) != corpus.STDLIB:
+        normal["data"] = os.path.abspath(normal["data"])  # a resume may start in another folder
+    return normal
+
+
+def _learning_rates(
+    names: list[str], given: Mapping[str, float], defaults: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    unused = sorted(set(given) - set(names) - {EVERY_OPTIMIZER})
+    if unused:
+        raise CommandError(
+            f"--lr names {', '.join(unused)}, which this run does not train; it trains "
+            + ", ".join(names)
+        )
+    if defaults is None:
+        defaults = {name: OPTIMIZERS[name].lr for name in names}
+    return {name: given.get(name, given.get(EVERY_OPTIMIZER, defaults[name])) for name in names}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(value)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={number:g}" for name, number in value.items())
+    return str(value)
+
+
+def _check(settings: Settings) -> None:
+    if len(set(settings.optimizers)) != len(settings.optimizers):
+        raise CommandError(
+            f"--optimizers {' '.join(settings.optimizers)} has one of them twice; name each once"
+        )
+    if settings.width % settings.heads:
+        raise CommandError(
+            f"--width {settings.width} is no multiple of --heads {settings.heads}; "
+            "every head needs the same number of channels"
+        )
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(
+            f"device {settings.device} cannot be used here ({reason}); try --device cpu with "
+            "another --out, or see: python -m ranger_cuda info"
+        ) from error

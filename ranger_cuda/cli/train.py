@@ -1,0 +1,160 @@
+"""``train``: a small GPT trained with several optimizers side by side, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, corpus, settings
+from .errors import CommandError
+from .flags import DEFAULT_OUT, add_arguments
+from .interrupt import Interrupt
+from .settings import Settings
+from .training import Run, reproducible, train
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, report, and return the exit status."""
+    _require_extras()
+    out = Path(os.path.abspath(args.out))
+    saved = _saved_run(out, args)
+    if saved:
+        chosen = settings.resume(saved["settings"], vars(args))
+    else:
+        chosen = settings.resolve(vars(args))
+    text = corpus.load(chosen.data, chosen.max_bytes, chosen.context, exclude=out)
+    if saved:
+        _check_continuation(saved, chosen, text)
+    if torch.device(chosen.device).type == "cuda":
+        # cuBLAS is reproducible only with this, set before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with reproducible(chosen.threads):
+        return _train_and_report(args, out, chosen, text, saved)
+
+
+def _train_and_report(
+    args: argparse.Namespace,
+    out: Path,
+    chosen: Settings,
+    text: corpus.Corpus,
+    saved: dict[str, Any] | None,
+) -> int:
+    from rich.console import Console
+
+    from . import report
+    from .progress import Display
+
+    console = Console()
+    runs = [Run(name, chosen) for name in chosen.optimizers]
+    title = report.describe(chosen, text, sum(p.numel() for p in runs[0].model.parameters()))
+    print(title, flush=True)
+    done = 0
+    if saved:
+        done = saved["step"]
+        for each in runs:
+            each.load_state_dict(saved["runs"][each.name])
+        print(f"Resuming at step {done} of {chosen.steps}.", flush=True)
+    else:
+        report.remove(out)  # an overwritten run's results must not pass for this one's
+    saved_at = done if saved else -1
+
+    def save() -> None:
+        nonlocal saved_at
+        if done != saved_at:
+            checkpoint.save(_content(done, chosen, text, runs), checkpoint.path_in(out))
+            saved_at = done
+
+    def after_step(step: int) -> bool:
+        nonlocal done
+        done = step
+        display.update(step)
+        if step % chosen.checkpoint_every == 0:
+            save()
+        return interrupt.signal is None
+
+    with Interrupt() as interrupt:
+        save()  # at once: what cannot be written should be known before the training
+        with Display(console, runs, done, chosen.steps) as display:
+            train(runs, text, chosen, done, after_step)
+        save()
+    if interrupt.signal is not None:
+        print(
+            f"Stopped by {interrupt.signal.name} after step {done} of {chosen.steps}, saved. "
+            f"To go on: python -m ranger_cuda train --resume{_out_flag(args)}"
+        )
+        return interrupt.exit_status
+
+    summaries = [report.summarise(each, chosen) for each in runs]
+    console.print(report.table(summaries))
+    print(report.LEGEND)
+    files = report.write_numbers(out, summaries, runs, chosen, text)
+    files.append(report.draw(out, runs, chosen, title))
+    print(f"Wrote {', '.join(file.name for file in files)} to {args.out}")
+    return 0
+
+
+def _content(step: int, chosen: Settings, text: corpus.Corpus, runs: list[Run]) -> dict[str, Any]:
+    return {
+        "step": step,
+        "settings": settings.as_dict(chosen),
+        "text_sha256": text.digest,
+        "torch": str(torch.__version__),
+        "runs": {each.name: each.state_dict() for each in runs},
+    }
+
+
+def _saved_run(out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if there is one and going on was asked for."""
+    path = checkpoint.path_in(out)
+    if not path.exists():
+        if args.resume:
+            print(f"Nothing to resume in {args.out}: starting from step 0.", flush=True)
+        return None
+    if args.resume:
+        return checkpoint.load(path)
+    if args.overwrite:
+        return None
+    raise CommandError(
+        f"{args.out} has a run already: go on with --resume{_out_flag(args)}, keep it and choose "
+        "another --out, or start over with --overwrite"
+    )
+
+
+def _check_continuation(saved: dict[str, Any], chosen: Settings, text: corpus.Corpus) -> None:
+    """Raise unless the steps to come would be those of the saved run."""
+    if text.digest != saved["text_sha256"]:
+        raise CommandError(
+            f"the text has changed since this run started: {text.description}. Bring the old one "
+            "back (for stdlib, use the same Python), or start another run with another --out"
+        )
+    if chosen.steps < saved["step"]:
+        raise CommandError(
+            f"--steps is {chosen.steps}, but the saved run has done {saved['step']} already; give "
+            "at least that, or start another run with another --out"
+        )
+    if saved["torch"] != str(torch.__version__):
+        print(
+            f"Note: this run was started with torch {saved['torch']}, and this is "
+            f"{torch.__version__}: it goes on, but the last bits of the results may differ."
+        )
+
+
+def _require_extras() -> None:
+    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(
+            f"this needs {' and '.join(missing)}, not installed here: pip install "
+            f"{' '.join(missing)} (or the package with its extra: ranger_cuda[train])"
+        )
+
+
+def _out_flag(args: argparse.Namespace) -> str:
+    return "" if args.out == DEFAULT_OUT else f" --out {shlex.quote(args.out)}"
