@@ -31,9 +31,13 @@ PyGetSetDescrObject* gradient_getter() {
              : nullptr;
 }
 
-// DLPack does not tell that a tensor stands for the negative of its memory.
-bool is_negated(PyObject* tensor) {
+// Whether a tensor stands for the negative of its memory, which DLPack does not tell. Such a tensor
+// is the imaginary part of a complex one, so it starts at an odd multiple of the item size; any
+// other need not be asked.
+bool is_negated(PyObject* tensor, const DLTensor& described) {
   static PyObject* const name = interned("is_neg");
+  const uintptr_t item = described.dtype.bits / 8;
+  if (reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) != item) return false;
   return steal(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
 }
 
@@ -260,16 +264,11 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
   DLTensor tensor;
   if (!exchange_.try_describe(grad, &tensor)) return false;
   if (!key.param.same_kind(tensor) || !key.param.same_shape(tensor)) return false;
-  // A negated tensor is a view into complex memory, so no dense one with the parameter's strides.
-  const bool dense_alike =
-      tensor.ndim > 0 && row.strides[kParam].empty() && key.param.same_layout(tensor);
-  if (!dense_alike && is_negated(grad)) return false;
+  if (is_negated(grad, tensor)) return false;
   row.data[kGrad] = data_of(tensor);
-  if (dense_alike) {
-    row.strides[kGrad].clear();
-  } else {
-    row.strides[kGrad] = ordered_strides(layout_of(tensor), key.order);
-  }
+  row.strides[kGrad] = key.param.same_layout(tensor)
+                           ? row.strides[kParam]
+                           : ordered_strides(layout_of(tensor), key.order);
   return true;
 }
 

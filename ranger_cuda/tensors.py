@@ -98,7 +98,8 @@ def check_param(param: Tensor, name: str) -> None:
             f"{name} is a {where.layout} tensor on {where.device}; an optimizer needs dense "
             "memory to update: materialize the model before the first step"
         )
-    if any(n > 1 and stride == 0 for n, stride in zip(where.shape, where.stride(), strict=True)):
+    expanded = (n > 1 and not stride for n, stride in zip(where.shape, where.stride(), strict=True))
+    if where.numel() > 0 and any(expanded):
         raise ValueError(
             f"{name} is an expanded tensor, several of whose elements share memory; make it "
             "contiguous: param.data = param.data.contiguous()"

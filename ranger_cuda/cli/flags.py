@@ -10,7 +10,7 @@ import torch
 
 from .gpt import SHAPES
 from .optimizers import OPTIMIZERS
-from .settings import DEFAULTS, EVERY_OPTIMIZER
+from .settings import DEFAULTS, EVERY_OPTIMIZER, NARROW
 
 DEFAULT_OUT = "ranger_train"
 
@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(how, "--batch-size", "windows of text a step", type=_positive, metavar="N")
     add(how, "--seed", "of the weights and the batches", type=_seed, metavar="N")
     add(how, "--device", "cpu, cuda, cuda:1, ..., or auto", type=_device)
-    add(how, "--threads", "of the CPU (default: PyTorch's choice)", type=_positive, metavar="N")
+    about = f"of the CPU (default: 1 up to a width of {NARROW}, else PyTorch's choice)"
+    add(how, "--threads", about, type=_positive, metavar="N")
 
     where = parser.add_argument_group("where to, and how to go on")
     where.add_argument(

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -167,25 +167,26 @@ def draw(out: Path, runs: list[Run], settings: Settings, title: str) -> Path:
 def _draw_run(axes: Axes, x: Sequence[float], run: Run, colour: str) -> None:
     history = run.history
     at = [x[step - 1] for step in history.evaluated_at]
-    axes.plot(x, history.loss, color=colour, alpha=0.13, linewidth=0.6)
-    axes.plot(x, _smooth(history.loss), color=colour, linewidth=1.5)
-    axes.plot(at, history.validation_loss, "o", color=colour, ms=4)
+    smooth = _smooth(history.loss)
+    axes.plot(x[-len(smooth) :], smooth, color=colour, alpha=0.45, linewidth=0.9)
+    axes.plot(at, history.validation_loss, "o-", color=colour, ms=3.5, linewidth=1.4)
     if history.slow_validation_loss:
-        axes.plot(at, history.slow_validation_loss, "o", color=colour, mfc="none", ms=8)
+        axes.plot(at, history.slow_validation_loss, "o--", color=colour, mfc="w", ms=5)
 
 
 def _legend(runs: list[Run], settings: Settings) -> list[Line2D]:
-    """Colours stand for optimizers, shapes for what was measured."""
+    """Colours stand for optimizers, line styles for what was measured."""
     handles = []
     for run, colour in zip(runs, _COLOURS, strict=False):
         label = f"{run.name} (lr {settings.lr[run.name]:g})"
         handles.append(Line2D([], [], color=colour, linewidth=4, label=label))
-    grey = "0.35"
-    handles.append(Line2D([], [], color=grey, label=f"training, mean of {SMOOTHING} steps"))
-    dots: dict[str, Any] = {"color": grey, "marker": "o", "linestyle": "none"}
-    handles.append(Line2D([], [], **dots, ms=4, label="validation"))
+    grey: dict[str, Any] = {"color": "0.35"}
+    label = f"training, mean of {_window(settings.steps)} steps"
+    handles.append(Line2D([], [], **grey, alpha=0.6, linewidth=0.9, label=label))
+    handles.append(Line2D([], [], **grey, marker="o", ms=3.5, label="validation"))
     if any(run.history.slow_validation_loss for run in runs):
-        handles.append(Line2D([], [], **dots, mfc="none", ms=8, label="validation, slow weights"))
+        grey |= {"linestyle": "--", "marker": "o", "mfc": "w", "ms": 5}
+        handles.append(Line2D([], [], **grey, label="validation, slow weights"))
     return handles
 
 
@@ -199,11 +200,19 @@ def _loss_limits(runs: list[Run]) -> tuple[float, float]:
     finite = [loss for loss in shown if math.isfinite(loss)] or [0.0, 6.0]
     low, high = min(finite), max(finite)
     margin = 0.05 * (high - low) + 0.01
-    return low - 2 * margin, high + margin
+    return low - margin, high + margin
+
+
+def _window(steps: int) -> int:
+    """Over how many steps to average, so that a long run is no band of noise."""
+    return min(steps, max(SMOOTHING, steps // 40))
 
 
 def _smooth(losses: list[float]) -> list[float]:
-    return [fmean(losses[max(0, i - SMOOTHING) : i]) for i in range(1, len(losses) + 1)]
+    """The mean of each step's window; the first steps have none."""
+    window = _window(len(losses))
+    sums = list(accumulate(losses, initial=0.0))
+    return [(sums[i] - sums[i - window]) / window for i in range(window, len(sums))]
 
 
 def _rows(history: History) -> list[tuple[Any, ...]]:

@@ -1,0 +1,59 @@
+"""Shared by the tests: awkward parameters and gradients, and comparison by bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as integers, with every NaN the same (its payload is no promise)."""
+    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_floating_point():
+        tensor[tensor.isnan()] = float("nan")
+    return tensor.view(INTEGER[tensor.element_size()])
+
+
+def assert_same_bits(a: Tensor, b: Tensor, what: str) -> None:
+    assert a.dtype == b.dtype, what
+    assert a.shape == b.shape, what
+    assert torch.equal(bits(a), bits(b)), f"{what}: {a} != {b}"
+
+
+def assert_same(
+    first: Optimizer, second: Optimizer, a: Sequence[Tensor], b: Sequence[Tensor], when: object
+) -> None:
+    """Every parameter and every state tensor of two optimizers, bit for bit."""
+    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+        assert_same_bits(p, q, f"{when}, parameter {i}")
+        assert first.state[p].keys() == second.state[q].keys(), f"{when}, parameter {i}"
+        for name, value in first.state[p].items():
+            assert_same_bits(value, second.state[q][name], f"{when}, {name} of parameter {i}")
+
+
+def twins(tensors: Iterable[Tensor]) -> tuple[list[Parameter], list[Parameter]]:
+    """Two sets of parameters with the same values and strides, in memory of their own."""
+    pairs = [(Parameter(twin(t)), Parameter(twin(t))) for t in tensors]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def twin(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, gaps included."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = torch.zeros(max(span, 1) if tensor.numel() else 0, dtype=tensor.dtype)
+    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def give_gradients(gradients: Iterable[Tensor | None], *sets: Sequence[Tensor]) -> None:
+    """The same gradients to each set of parameters."""
+    for i, gradient in enumerate(gradients):
+        for params in sets:
+            params[i].grad = gradient

@@ -1,0 +1,213 @@
+"""The native CPU backend returns the reference's bits: parameters and all state, every step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import assert_same, give_gradients, twins
+from ranger_cuda import Lookahead, RAdam, Ranger
+
+STEPS = 25
+FLOATS = (torch.float32, torch.float64)
+DTYPES = (*FLOATS, torch.complex64, torch.complex128)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def spread(shape, dtype, generator, decades=12):
+    """Random numbers with magnitudes across many decades, denormals and exact zeros among them."""
+    real = dtype.to_real() if dtype.is_complex else dtype
+    shape = (*shape, 2) if dtype.is_complex else tuple(shape)
+    exponent = (torch.rand(shape, generator=generator, dtype=real) - 0.5) * decades
+    values = torch.randn(shape, generator=generator, dtype=real) * 10.0**exponent
+    kind = torch.rand(shape, generator=generator)
+    values = torch.where(kind < 0.05, values * torch.finfo(real).tiny, values)
+    values = torch.where(kind > 0.97, torch.zeros_like(values), values)
+    return torch.view_as_complex(values) if dtype.is_complex else values
+
+
+def reverse(t):
+    return t.permute(list(range(t.dim()))[::-1])
+
+
+LAYOUTS = {
+    "dense": lambda t: t,
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "reversed": lambda t: reverse(reverse(t).contiguous()),
+    "sliced": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "expanded": lambda t: t[:1].expand_as(t) if t.dim() and t.shape[0] else t,
+}
+PARAM_LAYOUTS = sorted(LAYOUTS.keys() - {"expanded"})  # in-place writes need memory per element
+
+shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
+members = st.tuples(shapes, st.sampled_from(DTYPES), st.sampled_from(PARAM_LAYOUTS))
+betas = st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 1 - 1e-7])
+groups = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.0, 1e-4, 1e-3, 0.3]),
+        "betas": st.tuples(betas, betas),
+        "eps": st.sampled_from([1e-30, 1e-8, 1e-5, 1.0]),
+        "weight_decay": st.sampled_from([0.0, 0.01, 0.3]),
+        "decoupled_weight_decay": st.booleans(),
+        "rho_threshold": st.sampled_from([4.0, 5.0, 100.0]),
+        "maximize": st.booleans(),
+        "k": st.sampled_from([1, 2, 5, 6]),
+        "alpha": st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]),
+    }
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(groups, st.lists(members, min_size=1, max_size=4)), min_size=1, max_size=3),
+    st.integers(0, 2**31),
+)
+def test_every_bit_of_parameters_and_state_is_the_reference_s(threads, drawn, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sets = ([], [])
+    grouped = ([], [])
+    for options, tensors in drawn:
+        made = [LAYOUTS[layout](spread(s, d, generator, 3)) for s, d, layout in tensors]
+        for params, side, new in zip(sets, grouped, twins(made), strict=True):
+            params.extend(new)
+            side.append({"params": new, **options})
+    native, reference = Ranger(grouped[0], backend="cpu"), Ranger(grouped[1], backend="reference")
+    layouts = sorted(LAYOUTS)
+    for step in range(STEPS):
+        gradients = [
+            None
+            if (i + step) % 4 == 3
+            else LAYOUTS[layouts[(i + step) % len(layouts)]](spread(p.shape, p.dtype, generator))
+            for i, p in enumerate(sets[0])
+        ]
+        give_gradients(gradients, *sets)
+        native.step()
+        reference.step()
+        assert_same(native, reference, *sets, f"step {step + 1}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_tensors_cut_into_chunks_are_the_reference_s(threads, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1_000_003,), (16384,), (16385,), (2, 16384), (500, 700), (3,)]
+    made = [spread(shape, dtype, generator, 3) for shape in shapes]
+    made.append(made[-2].t())
+    a, b = twins(made)
+    native, reference = Ranger(a, backend="cpu"), Ranger(b, backend="reference")
+    for step in range(STEPS):
+        gradients = [spread(p.shape, dtype, generator) for p in a]
+        give_gradients(gradients, a, b)
+        native.step()
+        reference.step()
+        assert_same(native, reference, a, b, f"step {step + 1}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_infinite_and_nan_gradients_are_the_reference_s(dtype):
+    values = [float("inf"), -float("inf"), float("nan"), 1e38, 1.0, 0.0, -0.0, 1e-45]
+    a, b = twins([torch.tensor(values * 5, dtype=dtype)])
+    native, reference = Ranger(a, k=2, backend="cpu"), Ranger(b, k=2, backend="reference")
+    for step in range(STEPS):
+        gradient = torch.tensor(values[step % 8 :] + values * 5, dtype=dtype)[:40]
+        give_gradients([gradient], a, b)
+        native.step()
+        reference.step()
+        assert_same(native, reference, a, b, f"step {step + 1}")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (3, 2)])
+def test_a_lazily_negated_gradient_is_negated(shape):
+    z = torch.randn(shape, dtype=torch.complex64)
+    lazy = z.conj().imag
+    assert lazy.is_neg()
+    a, b = twins([torch.ones(shape), torch.ones(*shape, 2)[..., 0]])
+    native, expected = RAdam(a, backend="cpu"), RAdam(b, backend="reference")
+    for params, gradient in ((a, lazy), (b, (-z.imag).clone())):
+        for param in params:
+            param.grad = gradient
+    native.step()
+    expected.step()
+    assert_same(native, expected, a, b, "after a step")
+
+
+def test_a_lazily_conjugated_gradient_is_conjugated():
+    z = torch.randn(5, dtype=torch.complex64)
+    a, b = twins([torch.ones(5, dtype=torch.complex64)])
+    a[0].grad, b[0].grad = z.conj(), z.conj().resolve_conj().clone()
+    assert a[0].grad.is_conj()
+    native, expected = RAdam(a, backend="cpu"), RAdam(b, backend="reference")
+    native.step()
+    expected.step()
+    assert_same(native, expected, a, b, "after a step")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_lookahead_wrapper_is_the_reference_s(threads, alpha):
+    generator = torch.Generator().manual_seed(1)
+    made = [spread(s, d, generator, 3) for s in [(), (7, 5), (40_000,)] for d in DTYPES]
+    made += [LAYOUTS[layout](torch.randn(4, 3, 2, 5)) for layout in PARAM_LAYOUTS]
+    a, b = twins(made)
+    native = Lookahead(RAdam(a), k=3, alpha=alpha, backend="cpu")
+    reference = Lookahead(RAdam(b), k=3, alpha=alpha, backend="reference")
+    for step in range(10):
+        gradients = [
+            None if (i + step) % 5 == 4 else spread(p.shape, p.dtype, generator)
+            for i, p in enumerate(a)
+        ]
+        give_gradients(gradients, a, b)
+        native.step()
+        reference.step()
+        assert_same(native, reference, a, b, f"step {step + 1}")
+
+
+def test_a_narrower_instruction_set_gives_the_same_bits():
+    """Each in a process of its own: the set is chosen at the first use."""
+    program = (
+        "import sys, torch\n"
+        "from helpers import bits\n"
+        "from ranger_cuda import Ranger, _C\n"
+        "print(_C.build_info()['cpu_capability'])\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "for dtype in (torch.float32, torch.float64):\n"
+        "    p = torch.nn.Parameter(torch.randn(70_001, generator=g, dtype=dtype))\n"
+        "    o = Ranger([p], weight_decay=0.1, backend=sys.argv[1])\n"
+        "    for _ in range(13):\n"
+        "        p.grad = torch.randn(70_001, generator=g, dtype=dtype) ** 5\n"
+        "        o.step()\n"
+        "    print(*(int(bits(t).long().sum()) for t in (p, *o.state[p].values())))\n"
+    )
+
+    def run(capability, backend):
+        environment = {**os.environ, "RANGER_CUDA_CPU_CAPABILITY": capability}
+        command = [sys.executable, "-c", program, backend]
+        folder = Path(__file__).parent
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(folder.parent)])
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        )
+        chosen, *sums = result.stdout.splitlines()
+        return chosen, sums
+
+    wide, expected = run("avx512", "reference")
+    sets = {"baseline", "avx2", "avx512"}
+    for capability in sets:
+        chosen, found = run(capability, "cpu")
+        assert chosen == capability or wide != "avx512", "a set that this processor has was skipped"
+        assert found == expected, capability
