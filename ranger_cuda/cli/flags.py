@@ -110,11 +110,12 @@ def _device(value: str) -> str:
     if value == "auto":
         return value
     try:
-        return str(torch.device(value))
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is no device; try cpu, cuda or cuda:1"
-        ) from error
+        device = torch.device(value)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{value!r} is none of cpu, cuda, cuda:1, ..., auto")
+    return str(device)
 
 
 def _learning_rate(value: str) -> tuple[str, float]:

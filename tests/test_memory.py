@@ -1,0 +1,187 @@
+"""What a step allocates, what an optimizer keeps alive, and memory that changes between steps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from helpers import assert_same, give_gradients, twins
+from ranger_cuda import Lookahead, RAdam, Ranger
+
+BUILDERS = {
+    "RAdam": RAdam,
+    "Ranger": lambda params: Ranger(params, k=2),
+    "Lookahead": lambda params: Lookahead(RAdam(params), k=2),
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def build(request):
+    return BUILDERS[request.param]
+
+
+def make_params():
+    shapes = [(), (1,), (300, 7), (20, 3, 5, 5), (50_000,)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    params.append(torch.nn.Parameter(torch.randn(6, 8)[:, ::2]))
+    for i, param in enumerate(params):
+        grad = torch.randn(param.shape)
+        # Gradients that lie as the parameter does, and some that do not.
+        param.grad = grad.mT.contiguous().mT if i % 2 and grad.dim() > 1 else grad
+    return params
+
+
+def allocated(step):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = recorded.profiler.kineto_results.events()
+    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+
+
+def test_a_step_allocates_no_tensor_memory_after_the_first(build):
+    optimizer = build(make_params())
+    assert allocated(optimizer.step) > 0  # the state: this measure can see an allocation
+    for _ in range(4):
+        assert allocated(optimizer.step) == 0
+
+
+def test_deleting_an_optimizer_frees_its_state_at_once(build):
+    build(make_params()).step()  # torch's own first step in a process leaves something behind
+    gc.collect()
+    gc.disable()
+    try:
+        params = make_params()
+        optimizer = build(params)
+        optimizer.step()
+        optimizer.step()
+        alive = [weakref.ref(v) for p in params for v in optimizer.state[p].values()]
+        alive += [weakref.ref(p) for p in params]
+        del optimizer, params
+        assert [ref() for ref in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
+
+
+def test_a_plan_keeps_no_replaced_state_alive():
+    params = make_params()
+    optimizer = Ranger(params)
+    optimizer.step()
+    old = [weakref.ref(v) for p in params for v in optimizer.state[p].values()]
+    for p in params:
+        for name, value in optimizer.state[p].items():
+            optimizer.state[p][name] = value.clone()
+    del value
+    assert [ref() for ref in old] == [None] * len(old)
+
+
+def replace_tensors(optimizer, params):
+    for p in params:
+        for name, value in list(optimizer.state[p].items()):
+            optimizer.state[p][name] = value.clone()
+
+
+def replace_one_tensor(optimizer, params):
+    optimizer.state[params[2]]["exp_avg"] = torch.full_like(params[2], 0.25)
+
+
+def replace_dicts(optimizer, params):
+    for p in params:
+        optimizer.state[p] = dict(reversed(optimizer.state[p].items()))
+
+
+def clear_state(optimizer, params):
+    optimizer.state.clear()
+
+
+def move_whole_state(optimizer, params):
+    for p in params:
+        for value in optimizer.state[p].values():
+            value.data = value.data.clone() * 0.5 if value.dim() else value.data.clone()
+
+
+def move_parameters(optimizer, params):
+    for p in params:
+        p.data = p.data.clone() + 1
+
+
+def change_layout(optimizer, params):
+    params[3].data = params[3].data.to(memory_format=torch.channels_last)
+
+
+def drop_a_parameter(optimizer, params):
+    del optimizer.param_groups[0]["params"][1]
+
+
+def swap_parameters(optimizer, params):
+    group = optimizer.param_groups[0]["params"]
+    group[0], group[1] = group[1], group[0]
+
+
+def replace_group(optimizer, params):
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.5}
+
+
+def load_own_state(optimizer, params):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+CHANGES = [
+    replace_tensors,
+    replace_one_tensor,
+    replace_dicts,
+    clear_state,
+    move_whole_state,
+    move_parameters,
+    change_layout,
+    drop_a_parameter,
+    swap_parameters,
+    replace_group,
+    load_own_state,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_plan_notices_what_changed_between_steps(change):
+    """After the change the native backend goes on as the reference does, which has no plan."""
+    a, b = twins(make_params())
+    native, reference = Ranger(a, k=2, backend="cpu"), Ranger(b, k=2, backend="reference")
+    for step in range(6):
+        give_gradients([torch.randn(p.shape) for p in a], a, b)
+        if step == 3:
+            for optimizer, params in ((native, a), (reference, b)):
+                change(optimizer, params)
+        native.step()
+        reference.step()
+        assert_same(native, reference, a, b, f"step {step + 1}")
+
+
+def test_a_reused_address_is_not_taken_for_the_old_tensor():
+    """Parameters come and go at the same addresses with other sizes."""
+    for size in [64, 16, 32, 8, 64] * 10:
+        a, b = twins([torch.randn(size), torch.randn(2, size)])
+        native, reference = Ranger(a), Ranger(b, backend="reference")
+        for _ in range(3):
+            a[0].data, b[0].data = torch.ones(size), torch.ones(size)
+            give_gradients([torch.randn(p.shape) for p in a], a, b)
+            native.step()
+            reference.step()
+            assert_same(native, reference, a, b, size)
+            for optimizer, params in ((native, a), (reference, b)):
+                for p in params:
+                    optimizer.state[p] = {n: v.clone() for n, v in optimizer.state[p].items()}
+
+
+def test_a_parameter_named_twice_in_a_group_moves_once():
+    (a,), (b,) = twins([torch.randn(5)])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        twice = Ranger([a, a])
+    once = Ranger([b])
+    for _ in range(7):
+        give_gradients([torch.randn(5)], [a], [b])
+        twice.step()
+        once.step()
+        assert_same(twice, once, [a], [b], "twice")

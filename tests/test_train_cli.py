@@ -1,0 +1,377 @@
+"""`python -m ranger_cuda train`: what it promises about resuming, refusing and reporting."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranger_cuda
+from ranger_cuda.cli import checkpoint, corpus, main
+from ranger_cuda.cli.errors import CommandError
+from ranger_cuda.cli.training import Run
+
+STEPS = 32  # no multiple of k = 6: the last one is in the middle of a Lookahead cycle
+OPTIMIZERS = ["ranger", "lookahead-adamw", "radam"]
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch-size", "2"]
+TINY += ["--data", argparse.__file__, "--threads", "1", "--device", "cpu", "--seed", "3"]
+TINY += ["--steps", str(STEPS), "--evaluate-every", "10", "--checkpoint-every", "1"]
+TINY += ["--optimizers", *OPTIMIZERS]
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(ranger_cuda.__file__).parents[1])}
+
+
+def train(out: Path, *flags: str) -> int:
+    return main(["train", "--out", str(out), *flags])
+
+
+def saved(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    """Same steps, losses, weights and optimizer states, bit for bit; only times may differ."""
+    ours, theirs = saved(out), saved(expected)
+    assert ours["step"] == theirs["step"]
+    for name, run in theirs["runs"].items():
+        for key in ("loss", "evaluated_at", "validation_loss", "slow_validation_loss"):
+            assert ours["runs"][name]["history"][key] == run["history"][key], (name, key)
+        left, right = flat(ours["runs"][name]["model"]), flat(run["model"])
+        left |= flat(ours["runs"][name]["optimizer"]["state"])
+        right |= flat(run["optimizer"]["state"])
+        assert left.keys() == right.keys()
+        assert [key for key in right if not equal(left[key], right[key])] == []
+
+
+def flat(state: object, path: str = "") -> dict[str, object]:
+    """Every leaf of nested dicts and lists under its path."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
+    return {path: state}
+
+
+def equal(left: object, right: object) -> bool:
+    if isinstance(right, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert train(out, *TINY) == 0
+    return out
+
+
+# Resuming
+
+
+# Imports once and forks, so that there is time for many kills.
+ATTEMPTS = """
+import os, sys
+import ranger_cuda.cli.report, ranger_cuda.cli.progress, ranger_cuda.cli.train
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(ranger_cuda.cli.main(sys.argv[1:]))
+    print(f"child {child}", flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(f"exit {status}", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_at_random_points_it_resumes_with_the_same_bits(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", ATTEMPTS, "train", "--out", str(out), *TINY, "--resume"]
+    reached = []  # the steps at which it was killed
+
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as attempts:
+
+        def answer(word: str) -> int:
+            for line in attempts.stdout:
+                if line.startswith(word):
+                    return int(line.split()[1])
+            raise AssertionError(f"the process ended without '{word}'")
+
+        for attempt in count():
+            attempts.stdin.write("go\n")
+            attempts.stdin.flush()
+            child = answer("child")
+            # Later and later, so that it ends on a machine of any speed.
+            time.sleep(random.uniform(0.5, 1.0) * 0.1 * 1.3**attempt)
+            with suppress(ProcessLookupError):  # it is through
+                os.kill(child, signal.SIGKILL)
+            status = answer("exit")
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            if (out / "checkpoint.pt").exists():
+                reached.append(saved(out)["step"])
+        attempts.stdin.close()
+
+    assert any(0 < step < STEPS for step in reached), reached
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    handler = signal.getsignal(number)
+    step = Run.step
+
+    def interrupted_step(run: Run, batch: corpus.Batch) -> None:
+        if run.name == OPTIMIZERS[1] and len(run.history.loss) == 8:
+            signal.raise_signal(number)
+        step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", interrupted_step)
+        assert train(tmp_path, *TINY, "--checkpoint-every", "1000") == status
+    assert saved(tmp_path)["step"] == 9
+    assert f"train --resume --out {tmp_path}" in capsys.readouterr().out
+    assert signal.getsignal(number) is handler
+
+    assert train(tmp_path, "--resume") == 0
+    assert "Resuming at step 9" in capsys.readouterr().out
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_ctrl_c_in_a_shell_ends_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ranger_cuda", "train", "--out", str(tmp_path), *TINY]
+    with subprocess.Popen(
+        [*command, "--steps", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == 130
+
+
+def test_more_steps_continue_a_finished_run(tmp_path: Path, uninterrupted: Path) -> None:
+    assert train(tmp_path, *TINY, "--steps", "20") == 0
+    assert train(tmp_path, "--resume", "--steps", str(STEPS)) == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_resume_with_nothing_to_resume_starts_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path / "new", *TINY, "--steps", "2", "--resume") == 0
+    assert "Nothing to resume" in capsys.readouterr().out
+    assert saved(tmp_path / "new")["step"] == 2
+
+
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("flags", "differences"),
+    [
+        (["--batch-size", "3"], ["--batch-size is 3, and was 2"]),
+        (["--lr", "ranger=1", "--seed", "4"], ["--lr is ranger=1", "--seed is 4, and was 3"]),
+        (["--optimizers", "sgd"], ["--optimizers is sgd, and was ranger"]),
+        (["--steps", "5"], ["has done 32 already"]),
+        (["--data", subprocess.__file__], ["--data is"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_resume_with_other_settings_is_refused(
+    uninterrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    differences: list[str],
+) -> None:
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    assert train(uninterrupted, "--resume", *flags) == 2
+    message = capsys.readouterr().err
+    assert [text for text in [*differences, "--out"] if text not in message] == []
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_on_changed_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("one and the same sentence. " * 100)
+    assert train(tmp_path, *TINY, "--data", str(text), "--steps", "2") == 0
+    text.write_text("quite another sentence. " * 100)
+    assert train(tmp_path, "--resume") == 2
+    assert "the text has changed" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten_unless_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, *TINY, "--steps", "2") == 0
+    assert train(tmp_path, *TINY, "--steps", "1") == 2
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert saved(tmp_path)["step"] == 2
+    assert train(tmp_path, *TINY, "--steps", "1", "--overwrite") == 0
+    assert saved(tmp_path)["step"] == 1
+
+
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert train(tmp_path, *TINY, "--resume") == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_missing_extras_are_named_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "rich" else find_spec(name)
+    )
+    assert train(tmp_path / "run", *TINY) == 2
+    assert "pip install rich" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--data", "no/such/text"], "does not exist"),
+        (["--max-bytes", "100"], "too short"),
+        (["--heads", "3"], "no multiple of"),
+        (["--lr", "adamw=1"], "does not train"),
+        (["--optimizers", "sgd", "sgd"], "twice"),
+        (["--device", "cuda:99"], "cannot be used here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str
+) -> None:
+    assert train(tmp_path / "run", *TINY, *flags) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Checkpoint files
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save({"step": 1}, path)
+
+    def full(content: object, file: object) -> None:
+        file.write(b"the beginning of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CommandError, match="No space left on device"):
+        checkpoint.save({"step": 2}, path)
+    assert checkpoint.load(path)["step"] == 1
+
+
+# Text and batches
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
+    text = corpus.load(argparse.__file__, 10_000, 8, exclude=tmp_path)
+    shape = {"batch_size": 2, "context": 8}
+    batch = corpus.training_batch(text, seed=2**32, step=5, **shape)
+    again = corpus.training_batch(text, seed=2**32, step=5, **shape)
+    assert torch.equal(batch.inputs, again.inputs)
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    for seed, step in ((2**32, 6), (0, 5)):
+        other = corpus.training_batch(text, seed=seed, step=step, **shape)
+        assert not torch.equal(batch.inputs, other.inputs)
+
+
+def test_validation_text_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(1, 101)) * 2)
+    text = corpus.load(str(tmp_path / "text"), 1_000, 8, exclude=tmp_path / "out")
+    assert len(text.training) == 180
+    batches = corpus.validation_batches(text, batch_size=4, context=8)
+    assert {int(byte) for batch in batches for byte in batch.inputs.flatten()} <= {*range(81, 101)}
+
+
+def test_a_folder_is_read_without_binaries_hidden_files_and_the_output(tmp_path: Path) -> None:
+    files = {
+        "a.txt": b"a" * 50,
+        "b/c.md": b"c" * 50,
+        "d.bin": b"\0" * 50,
+        ".e": b"e",
+        "out/f": b"f",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    text = corpus.load(str(tmp_path), 1_000, 8, exclude=tmp_path / "out")
+    everything = torch.cat([text.training, text.validation])
+    assert sorted(everything.tolist()) == [ord("a")] * 50 + [ord("c")] * 50
+
+
+# Results
+
+
+def test_every_optimizer_starts_from_the_same_weights_and_batch(uninterrupted: Path) -> None:
+    runs = saved(uninterrupted)["runs"]
+    assert list(runs) == OPTIMIZERS
+    assert len({run["history"]["loss"][0] for run in runs.values()}) == 1
+
+
+def test_the_loss_goes_down(tmp_path: Path) -> None:
+    assert train(tmp_path, *TINY, "--steps", "100", "--batch-size", "8", "--lr", "1e-2") == 0
+    for result in json.loads((tmp_path / "summary.json").read_text())["results"]:
+        assert result["train_loss"] < 4.5, result  # ln 256 = 5.5 at the start
+        assert result["validation_loss"] < 4.5, result
+
+
+def test_results_are_written(uninterrupted: Path) -> None:
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert [result["optimizer"] for result in summary["results"]] == OPTIMIZERS
+    slow = {result["optimizer"]: result["slow_validation_loss"] for result in summary["results"]}
+    assert slow["ranger"] > 0
+    assert slow["radam"] is None
+    with (uninterrupted / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == STEPS * len(OPTIMIZERS)
+    assert [row["step"] for row in rows if row["validation_loss"]][:4] == ["10", "20", "30", "32"]
+    assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_diverged_run_is_still_reported(tmp_path: Path) -> None:
+    assert train(tmp_path, *TINY, "--optimizers", "sgd", "--lr", "1e9", "--steps", "12") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["results"][0]["train_loss"] is None
