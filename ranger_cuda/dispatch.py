@@ -16,7 +16,7 @@ from . import support
 from .backends import reference
 from .backends.reference import Row
 from .hyperparameters import Hyperparameters
-from .tensors import check_param, check_state, plain, plain_grad
+from .tensors import check_param, check_state, local, plain, plain_grad
 
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
@@ -134,7 +134,7 @@ class Dispatcher:
             check_param(param, name)
             if moves and moved is None:
                 plain_grad(param, name)
-            chosen[param] = support.choose(self._backend, plain(param), name)
+            chosen[param] = support.choose(self._backend, local(param), name)
             missing[param] = new_state(param, param_groups[group], known)
             check_state(param, {**known, **missing[param]}, self._rule.streams, name)
             if chosen[param] == "reference":

@@ -92,8 +92,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     if lookahead:
         check_lookahead(group["k"], group["alpha"])
     check_max_grad_norm(group["max_grad_norm"])
-    _check_choice(group, "weight_rounding", WEIGHT_ROUNDINGS)
-    _check_choice(group, "state_dtype", STATE_DTYPES)
+    check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
     return hyper
 
 
@@ -130,9 +129,10 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
         )
 
 
-def _check_choice(group: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> None:
-    if group[key] not in choices:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise unless ``value`` is one of those that this version has."""
+    if value not in choices:
         raise ValueError(
-            f"Invalid {key} value: {group[key]!r}; this version has "
+            f"Invalid {name} value: {value!r}; this version has "
             + ", ".join(repr(choice) for choice in choices)
         )

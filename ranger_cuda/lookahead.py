@@ -15,7 +15,7 @@ from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
-from .tensors import check_param, plain
+from .tensors import check_param, local
 
 STATE_NAMES = ("slow_param", "lookahead_step")
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
@@ -158,7 +158,10 @@ class Lookahead(SlowWeights, Optimizer):
         return result
 
     def _have_gradient(self) -> list[bool]:
-        return [m.param.grad is not None for m in members(self.param_groups)]
+        return [param.grad is not None for param in self._params()]
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
     @torch.compiler.disable
@@ -166,23 +169,29 @@ class Lookahead(SlowWeights, Optimizer):
         """The slow weights of parameters that may move now and have none."""
         self._check_ready("step()")
         self._complete_groups()
-        first: dict[Tensor, Tensor] = {}
+        lacking = {
+            param
+            for param in self._params()
+            if (any_may_move or param.grad is not None)
+            and "slow_param" not in self.state.get(param, {})
+        }
+        if not lacking:
+            return {}
         for param, _, name in members(self.param_groups):
-            moves = any_may_move or param.grad is not None
-            if moves and "slow_param" not in self.state.get(param, {}):
+            if param in lacking:
                 # What cannot be served raises here, before the inner optimizer changes anything.
                 check_param(param, name)
-                support.choose(self._options["backend"], plain(param), name)
-                first[param] = new_slow_param(param)
-        return first
+                support.choose(self._options["backend"], local(param), name)
+        return {param: new_slow_param(param) for param in lacking}
 
     @torch.compiler.disable
     def _pull(self, first: dict[Tensor, Tensor], moved: list[bool]) -> None:
         """Count a step of the parameters that moved, and interpolate where a cycle ends."""
-        for member, moves in zip(members(self.param_groups), moved, strict=True):
-            if moves and member.param in first:
-                # Not before: an empty state is how optimizers know a parameter's first step.
-                self.state[member.param]["slow_param"] = first[member.param]
+        if first:
+            for param, moves in zip(self._params(), moved, strict=True):
+                if moves and param in first:
+                    # Not before: an empty state is how optimizers know a parameter's first step.
+                    self.state[param]["slow_param"] = first[param]
         self._dispatcher.collect(self.param_groups, self.state, new_step, moved)
         hypers = [interpolation(group) for group in self.param_groups]
         self._dispatcher.launch(hypers, [1.0] * len(hypers))

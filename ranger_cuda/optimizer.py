@@ -13,7 +13,7 @@ from . import hyperparameters, rounding, support
 from .checkpoint import Shielded, is_step_tensor, restore_state, shield_state, step_tensor
 from .clipping import clip_coefficients
 from .dispatch import Dispatcher, Rule
-from .hyperparameters import Hyperparameters
+from .hyperparameters import STATE_DTYPES, Hyperparameters
 from .tensors import state_dtype
 
 
@@ -24,6 +24,8 @@ class FusedOptimizer(Optimizer):
         params: as for every ``torch.optim.Optimizer``.
         defaults: the hyperparameters, by name.
         backend: a backend's name, or None.
+        state_dtype: of the moments. No group has it: it is how state is kept, not a
+            hyperparameter, and a checkpoint's groups hold plain values only.
         amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its overflow flag to the step.
         differentiable: refused if true.
     """
@@ -40,10 +42,12 @@ class FusedOptimizer(Optimizer):
         defaults: dict[str, Any],
         *,
         backend: str | None,
+        state_dtype: torch.dtype,
         amp_scaling: bool,
         differentiable: bool,
     ) -> None:
         support.check_backend(backend)
+        hyperparameters.check_choice("state_dtype", state_dtype, STATE_DTYPES)
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the fused step writes in place, outside "

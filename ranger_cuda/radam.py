@@ -90,13 +90,13 @@ class RAdam(FusedOptimizer):
             "rho_threshold": rho_threshold,
             "maximize": maximize,
             "weight_rounding": weight_rounding,
-            "state_dtype": state_dtype,
             "max_grad_norm": max_grad_norm,
         }
         super().__init__(
             params,
             defaults,
             backend=backend,
+            state_dtype=state_dtype,
             amp_scaling=amp_scaling,
             differentiable=differentiable,
         )

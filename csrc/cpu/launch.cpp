@@ -62,14 +62,15 @@ bool is_consecutive(const TensorRow& row) {
 
 template <typename T>
 void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
-  RadamArgs<T> args{coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified,
-                    now.schedule.sync, chunk.count};
+  const bool sync = now.schedule.sync && row.data[kSlowParam] != nullptr;
+  RadamArgs<T> args{coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified, sync,
+                    chunk.count};
   const auto bind = [&](auto&& at) {
     args.p = at(kParam);
     args.g = at(kGrad);
     args.m = at(kExpAvg);
     args.v = at(kExpAvgSq);
-    args.slow = now.schedule.sync ? at(kSlowParam) : nullptr;
+    args.slow = sync ? at(kSlowParam) : nullptr;
     radam(kernels(), args);
   };
   if (is_consecutive(row)) {
@@ -81,7 +82,7 @@ void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& no
                                                     view(kExpAvgSq), view(kSlowParam)};
   bind([&](Stream stream) { return views[stream].data(); });
   for (Stream written : {kParam, kExpAvg, kExpAvgSq}) views[written].write_back();
-  if (now.schedule.sync) views[kSlowParam].write_back();
+  if (sync) views[kSlowParam].write_back();
 }
 
 template <typename T>

@@ -1,0 +1,251 @@
+"""Interrupt anywhere, resume anywhere: the same bits. And checkpoints from elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from helpers import assert_same, give_gradients, twins
+from ranger_cuda import RAdam, Ranger
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+def gradients(step, params):
+    generator = torch.Generator().manual_seed(step)
+    made = [torch.randn(p.shape, generator=generator, dtype=p.dtype.to_complex()) for p in params]
+    return [g if p.is_complex() else g.real.to(p.dtype) for g, p in zip(made, params, strict=True)]
+
+
+def train(optimizer, params, steps):
+    for step in steps:
+        give_gradients(gradients(step, params), params)
+        optimizer.step()
+
+
+def make(dtypes=DTYPES):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (7,), (4, 3, 2, 2)]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype.to_complex()).to(dtype)
+        if dtype.is_complex
+        else torch.randn(shape, generator=generator).to(dtype)
+        for dtype in dtypes
+        for shape in shapes
+    ]
+
+
+def through_a_file(state, **options):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, **options)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_a_run_resumed_at_any_point_of_a_cycle_has_the_bits_of_one_that_was_not(at, how):
+    a, b = twins(make())
+    whole, first = Ranger(a, k=4, weight_decay=0.1), Ranger(b, k=4, weight_decay=0.1)
+    train(whole, a, range(12))
+    train(first, b, range(at))
+    if how == "state_dict":
+        c, _ = twins(b)
+        second = Ranger(c, k=4, weight_decay=0.1)
+        second.load_state_dict(through_a_file(first.state_dict(), map_location="cpu"))
+    else:
+        copier = copy.deepcopy if how == "deepcopy" else lambda o: pickle.loads(pickle.dumps(o))
+        second = copier(first)
+        c = second.param_groups[0]["params"]
+        assert not {p.data_ptr() for p in c if p.numel()} & {p.data_ptr() for p in b}
+    train(second, c, range(at, 12))
+    assert_same(whole, second, a, c, f"resumed at {at}")
+
+
+def test_loading_casts_no_state_to_a_low_precision_parameter_s_dtype():
+    a, b = twins(make([torch.bfloat16, torch.float16]))
+    first, second = Ranger(a), Ranger(b)
+    train(first, a, range(3))
+    second.load_state_dict(first.state_dict())
+    for p, q in zip(a, b, strict=True):
+        for name, value in first.state[p].items():
+            assert second.state[q][name].dtype == value.dtype
+            assert torch.equal(second.state[q][name], value)
+    assert {v.dtype for p in b for v in second.state[p].values()} == {torch.float32, torch.int16}
+
+
+FOREIGN = {
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "RAdam capturable": lambda p: torch.optim.RAdam(p, lr=0.01, foreach=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3),
+    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("cls", [RAdam, Ranger])
+def test_a_checkpoint_of_torch_loads_and_training_goes_on(name, cls):
+    a, b = twins(make([torch.float32, torch.float64]))
+    theirs = FOREIGN[name](a)
+    train(theirs, a, range(8))
+    ours = cls(b, rho_threshold=5.0)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    group = ours.param_groups[0]
+    assert group["lr"] == 0.01
+    assert group["rho_threshold"] == 5.0
+    if cls is Ranger:
+        assert (group["k"], group["alpha"]) == (6, 0.5)
+    # Model weights that arrive after the optimizer's are what slow weights start from.
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    before = [q.detach().clone() for q in b]
+    train(ours, b, [8])
+    for p, q, start in zip(a, b, before, strict=True):
+        assert ours.state[q]["step"] == 9
+        if cls is Ranger:
+            assert torch.equal(ours.state[q]["slow_param"], start)
+        expected = 0.9 * theirs.state[p]["exp_avg"] + 0.1 * q.grad
+        if group["weight_decay"] == 0:
+            torch.testing.assert_close(ours.state[q]["exp_avg"], expected)
+
+
+def test_a_checkpoint_of_torch_s_radam_goes_on_as_torch_s_radam():
+    a, b = twins(make([torch.float64]))
+    theirs, ours = torch.optim.RAdam(a, foreach=False), RAdam(b, rho_threshold=5)
+    train(theirs, a, range(4))
+    ours.load_state_dict(theirs.state_dict())
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    # The state tensors are shared by what load_state_dict does in torch, so copy one side.
+    theirs.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    train(theirs, a, range(4, 20))
+    train(ours, b, range(4, 20))
+    for p, q in zip(a, b, strict=True):
+        assert ((p - q).abs() <= 1e-12 * p.abs().max()).all()  # see tests/test_papers.py
+
+
+def test_our_radam_checkpoint_goes_on_in_torch_s_radam():
+    a, b = twins(make([torch.float64]))
+    ours, theirs = RAdam(a, rho_threshold=5), torch.optim.RAdam(b, foreach=False)
+    train(ours, a, range(9))
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    train(theirs, b, range(9, 20))
+    train(ours, a, range(9, 20))
+    for p, q in zip(a, b, strict=True):
+        assert ((p - q).abs() <= 1e-12 * p.abs().max()).all()
+
+
+def test_a_group_keeps_its_own_values_where_the_checkpoint_has_none():
+    a, b = twins(make([torch.float32]))
+    theirs = torch.optim.AdamW([{"params": a[:1]}, {"params": a[1:]}])
+    ours = Ranger([{"params": b[:1], "k": 3}, {"params": b[1:], "alpha": 0.9}])
+    ours.load_state_dict(theirs.state_dict())
+    assert [(g["k"], g["alpha"]) for g in ours.param_groups] == [(3, 0.5), (6, 0.9)]
+
+
+@pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
+def test_older_kinds_of_step_counts_load(step):
+    (a,), (b,) = twins([torch.randn(5)])
+    first, second = Ranger([a]), Ranger([b])
+    train(first, [a], range(7))
+    b.data.copy_(a)
+    saved = first.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": step}
+    second.load_state_dict(copy.deepcopy(saved))
+    train(first, [a], range(7, 15))
+    train(second, [b], range(7, 15))
+    assert_same(first, second, [a], [b], step)
+
+
+def sgd_state(saved):
+    saved["state"][0] = {"momentum_buffer": torch.zeros(7)}
+
+
+def wrong_shape(saved):
+    saved["state"][1]["exp_avg"] = torch.zeros(8)
+
+
+def no_moment(saved):
+    del saved["state"][1]["exp_avg_sq"]
+
+
+def zero_eps(saved):
+    saved["param_groups"][0]["eps"] = 0.0
+
+
+def one_group_more(saved):
+    saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
+
+
+@pytest.mark.parametrize("damage", [sgd_state, wrong_shape, no_moment, zero_eps, one_group_more])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(damage):
+    params, other = twins(make([torch.float32]))
+    optimizer, twin = Ranger(params), Ranger(other)
+    for each, its in ((optimizer, params), (twin, other)):
+        train(each, its, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    with pytest.raises(ValueError, match="loaded state dict"):
+        optimizer.load_state_dict(saved)
+    for each, its in ((optimizer, params), (twin, other)):
+        train(each, its, range(5, 9))
+    assert_same(optimizer, twin, params, other, "after a refused load")
+
+
+def test_trainers_may_add_group_keys_and_load_an_optimizer_s_own_state():
+    a, b = twins(make([torch.float32, torch.bfloat16]))
+    plain, prepared = Ranger(a, k=3), Ranger(b, k=3)
+    extra = {"initial_lr": 1.0, "foreach": True, "fused": None, "param_names": [str(p) for p in b]}
+    prepared.param_groups[0].update(extra)
+    for step in range(10):
+        for optimizer, params in ((plain, a), (prepared, b)):
+            train(optimizer, params, [step])
+        prepared.load_state_dict(prepared.state_dict())  # as a wrapper's prepare() does
+    assert prepared.param_groups[0]["initial_lr"] == 1.0
+    assert_same(plain, prepared, a, b, "after ten loads")
+
+
+def test_a_model_converted_on_the_way_says_how_to_bring_its_state_along():
+    model = torch.nn.Linear(3, 2)
+    optimizer = Ranger(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    model.double()
+    optimizer.zero_grad()
+    model(torch.ones(3).double()).sum().backward()
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(optimizer.state_dict\(\)\)"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.float64
+    assert optimizer.state[model.weight]["step"] == 2
+
+
+def test_parameters_that_join_late_or_rest_have_their_own_count_and_phase():
+    a, b = twins([torch.randn(5) for _ in range(4)])
+    together = Ranger(a[:3], k=3)
+    alone = [Ranger([p], k=3) for p in b[:3]]
+    steps = [0, 0, 0, 0]
+    for t in range(20):
+        if t == 8:
+            together.add_param_group({"params": a[3:], "k": 2, "alpha": 0.9, "lr": 0.1})
+            alone.append(Ranger([b[3]], k=2, alpha=0.9, lr=0.1))
+        for i in range(len(alone)):
+            rests = (i == 1 and 4 <= t < 9) or (i == 2 and t < 7)
+            grad = None if rests else torch.full((5,), float(t + i))
+            a[i].grad = b[i].grad = grad
+            steps[i] += not rests
+            alone[i].step()
+        together.step()
+        for i, optimizer in enumerate(alone):
+            assert torch.equal(a[i], b[i]), (t, i)
+            if steps[i]:
+                assert together.state[a[i]]["step"] == optimizer.state[b[i]]["step"] == steps[i]

@@ -1,0 +1,271 @@
+"""Two processes over gloo: the bits do not depend on how parameters are spread over ranks.
+
+Gradients are small whole numbers and averages of two ranks, so that reducing them is exact in any
+order; what is left is the step itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers import assert_same_bits
+from ranger_cuda import Lookahead, RAdam, Ranger
+
+WORLD = 2
+OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
+
+
+class Awkward(nn.Module):
+    """Sizes that two ranks split unevenly, or that leave one of them nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for i, shape in enumerate([(1,), (3,), (7, 5), (1, 4), (8, 2, 2)]):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator)))
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """A loss that has these gradients."""
+        return sum((p * g).sum() for p, g in zip(self.parameters(), gradients, strict=True))
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def give(model, step, rank=None):
+    """Whole-number gradients of a step: this rank's, or the average of all."""
+    for i, param in enumerate(model.parameters()):
+        shape = param.shape
+        generator = torch.Generator().manual_seed(100 * step + i)
+        both = torch.randint(-8, 9, (WORLD, *shape), generator=generator).float()
+        grad = both.mean(0) if rank is None else both[rank]
+        if isinstance(param, DTensor):
+            grad = distribute_tensor(grad, param.device_mesh, param.placements)
+        param.grad = grad
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        give(model, step)
+        optimizer.step()
+
+
+def assert_same_run(model, optimizer, other, its_optimizer, what):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert_same_bits(full(p), full(q), f"{what}, {name}")
+        for key, value in its_optimizer.state[q].items():
+            assert_same_bits(full(optimizer.state[p][key]), full(value), f"{what}, {key} of {name}")
+
+
+def sharded():
+    return fully_shard(Awkward(), mesh=init_device_mesh("cpu", (WORLD,)))
+
+
+def ddp(rank, folder):
+    """Every rank has the bits of one process that saw the averaged gradients."""
+    model, single = DistributedDataParallel(Awkward()), Awkward()
+    optimizer = Ranger(model.parameters(), **OPTIONS)
+    reference = Ranger(single.parameters(), **OPTIONS)
+    for step in range(8):
+        optimizer.zero_grad()
+        give(model.module, step, rank)
+        own = [p.grad for p in model.parameters()]
+        optimizer.zero_grad()
+        model(own).backward()
+        optimizer.step()
+        give(single, step)
+        reference.step()
+        assert_same_run(model.module, optimizer, single, reference, f"DDP, step {step}")
+
+
+def fsdp2(rank, folder):
+    """Sharding unevenly, with empty shards, changes no bit."""
+    for build in (
+        functools.partial(Ranger, **OPTIONS),
+        functools.partial(Ranger, backend="reference", **OPTIONS),
+        lambda p: Lookahead(RAdam(p, lr=0.01), k=3),
+        lambda p: Lookahead(torch.optim.AdamW(p, lr=0.01, foreach=False), k=3),
+    ):
+        model, single = sharded(), Awkward()
+        optimizer, reference = build(model.parameters()), build(single.parameters())
+        for step in range(8):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+            assert_same_run(model, optimizer, single, reference, f"FSDP2, step {step}")
+        state = next(iter(optimizer.state.values()))
+        assert isinstance(state["slow_param"], DTensor)
+
+
+def mixed(rank, folder):
+    """Plain tensors and DTensors in one group, and the slow weights of both."""
+    model, single = sharded(), Awkward()
+    extra = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = Ranger([extra[0], *model.parameters()], **OPTIONS)
+    reference = Ranger([extra[1], *single.parameters()], **OPTIONS)
+    for step in range(5):
+        extra[0].grad = extra[1].grad = torch.full((3,), float(step))
+        train(model, optimizer, [step])
+        train(single, reference, [step])
+    assert torch.equal(*extra)
+    assert_same_run(model, optimizer, single, reference, "mixed")
+    with optimizer.slow_weights(), reference.slow_weights():
+        assert_same_run(model, optimizer, single, reference, "mixed, slow weights")
+    assert_same_run(model, optimizer, single, reference, "mixed, and back")
+
+
+def clipping(rank, folder):
+    """max_grad_norm takes the norm over all shards. The norm is a sum in another order, so the
+    coefficient may differ by some roundings: 1e-6 is 8 of float32's."""
+    model, single = sharded(), Awkward()
+    optimizer = RAdam(model.parameters(), max_grad_norm=0.5)
+    reference = RAdam(single.parameters(), max_grad_norm=0.5)
+    train(model, optimizer, [0])
+    train(single, reference, [0])
+    for p, q in zip(model.parameters(), single.parameters(), strict=True):
+        found, expected = full(optimizer.state[p]["exp_avg"]), reference.state[q]["exp_avg"]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def resharding(rank, folder):
+    """Saved on two ranks, resumed whole and on two ranks again, in mid-cycle: the same bits."""
+    single = Awkward()
+    reference = Ranger(single.parameters(), **OPTIONS)
+    train(single, reference, range(10))
+
+    model = sharded()
+    optimizer = Ranger(model.parameters(), **OPTIONS)
+    train(model, optimizer, range(4))
+    saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(saved, checkpoint_id=folder)
+
+    again = sharded()
+    resumed = Ranger(again.parameters(), **OPTIONS)
+    loaded = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, resumed)}
+    dcp.load(loaded, checkpoint_id=folder)
+    again.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(again, resumed, loaded["optimizer"])
+    train(again, resumed, range(4, 10))
+    assert_same_run(again, resumed, single, reference, "two ranks from two")
+
+    options = StateDictOptions(full_state_dict=True)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    weights = {name: full(p) for name, p in model.named_parameters()}
+    if rank == 0:  # a full state dict is on the first rank
+        alone = Awkward()
+        alone.load_state_dict(weights)
+        one = Ranger(alone.parameters(), **OPTIONS)
+        set_optimizer_state_dict(alone, one, whole, options=StateDictOptions())
+        train(alone, one, range(4, 10))
+        assert_same_run(alone, one, single, reference, "one rank from two")
+
+    spread = sharded()
+    two = Ranger(spread.parameters(), **OPTIONS)
+    start = Awkward()
+    first = Ranger(start.parameters(), **OPTIONS)
+    train(start, first, range(4))
+    for p, q in zip(spread.parameters(), start.parameters(), strict=True):
+        p.data.copy_(
+            torch.distributed.tensor.distribute_tensor(q.data, p.device_mesh, p.placements)
+        )
+    whole = get_optimizer_state_dict(start, first)
+    set_optimizer_state_dict(spread, two, copy.deepcopy(whole), options=options)
+    train(spread, two, range(4, 10))
+    assert_same_run(spread, two, single, reference, "two ranks from one")
+
+
+def empty_state(rank, folder):
+    """torch.distributed.checkpoint fills an empty state by a step with zero gradients and lr 0:
+    it moves no parameter, and its step and phase do not survive the load."""
+    for lr in (0.01, torch.tensor(0.01)):
+        single = Awkward()
+        reference = Ranger(single.parameters(), **(OPTIONS | {"lr": lr, "k": 1}))
+        before = [p.detach().clone() for p in single.parameters()]
+        saved = get_optimizer_state_dict(single, reference)
+        for p, q in zip(single.parameters(), before, strict=True):
+            assert torch.equal(p, q)
+        for state in saved["state"].values():
+            state["step"].fill_(5)
+            state["slow_param"].fill_(2.0)
+        fresh = Awkward()
+        loaded = Ranger(fresh.parameters(), **(OPTIONS | {"lr": lr, "k": 1}))
+        set_optimizer_state_dict(fresh, loaded, saved)
+        for p, q in zip(fresh.parameters(), before, strict=True):
+            assert torch.equal(p, q)
+            assert loaded.state[p]["step"] == 5
+            assert (loaded.state[p]["slow_param"] == 2.0).all()
+
+
+def zero(rank, folder):
+    """ZeroRedundancyOptimizer deals whole parameters out to ranks."""
+    model, single = Awkward(), Awkward()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=Ranger, **OPTIONS)
+    reference = Ranger(single.parameters(), **OPTIONS)
+    for step in range(8):
+        give(model, step)
+        optimizer.step()
+        train(single, reference, [step])
+        for p, q in zip(model.parameters(), single.parameters(), strict=True):
+            assert_same_bits(p, q, f"ZeRO, step {step}")
+
+
+CHECKS = {
+    check.__name__: check for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, zero)
+}
+
+
+def work(rank, folder, results):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
+    for name, check in CHECKS.items():
+        try:
+            check(rank, f"{folder}/{name}")
+            problem = ""
+        except Exception:
+            problem = traceback.format_exc()
+        results.put((name, rank, problem))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """All checks in one pair of processes: starting torch twice takes longer than they do."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    folder = str(tmp_path_factory.mktemp("distributed"))
+    mp.spawn(work, args=(folder, results), nprocs=WORLD)
+    found = {}
+    while not results.empty():
+        name, rank, problem = results.get()
+        found[name, rank] = problem
+    return found
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_ranks_have_the_bits_of_one(outcome, check):
+    for rank in range(WORLD):
+        assert outcome[check, rank] == "", f"rank {rank}:\n{outcome[check, rank]}"

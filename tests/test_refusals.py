@@ -1,0 +1,347 @@
+"""What is refused: every hyperparameter that no step may use and every tensor that no backend can
+move. Whatever is refused changes nothing: no parameter, no state, no group."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from optimizer_infos import (
+    each_info,
+    lookahead_adamw,
+    lookahead_radam,
+    random_params,
+    ranger,
+    same,
+    set_grads,
+    snapshot,
+    train,
+)
+from ranger_cuda import Lookahead, RAdam, Ranger
+
+NAN, INF = math.nan, math.inf
+OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
+each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)
+
+# option, value, error, message
+WRONG = [
+    ("lr", -1e-9, ValueError, "Invalid learning rate: -1e-09; it must be finite"),
+    ("lr", NAN, ValueError, "Invalid learning rate: nan"),
+    ("lr", INF, ValueError, "Invalid learning rate: inf"),
+    ("lr", torch.tensor(NAN), ValueError, r"Invalid learning rate: nan|tensor\(nan\)"),
+    ("lr", torch.tensor([1e-3, 1e-3]), ValueError, r"Tensor lr must be 1-element.*\(2,\)"),
+    ("lr", torch.tensor([]), ValueError, "Tensor lr must be 1-element"),
+    ("lr", None, TypeError, "must be a number"),
+    ("lr", "0.1", TypeError, "'0.1' is a string"),
+    ("lr", 1j, TypeError, "must be a number"),
+    ("betas", (-0.1, 0.9), ValueError, "beta parameter at index 0: -0.1"),
+    ("betas", (1.0, 0.9), ValueError, "beta parameter at index 0: 1.0"),
+    ("betas", (0.9, 1.0), ValueError, "beta parameter at index 1: 1.0"),
+    ("betas", (0.9, NAN), ValueError, "beta parameter at index 1: nan"),
+    ("betas", (0.9, 1 - 1e-17), ValueError, "beta parameter at index 1: 1.0"),  # is 1 in float64
+    ("betas", (0.9,), ValueError, "give two numbers"),
+    ("betas", (0.9, 0.99, 0.999), ValueError, "give two numbers"),
+    ("betas", 0.9, ValueError, "give two numbers"),
+    ("betas", ("0.9", 0.99), TypeError, "'0.9' is a string"),
+    ("eps", 0.0, ValueError, "a parameter whose gradient is exactly 0 becomes NaN"),
+    ("eps", -1e-8, ValueError, "Invalid epsilon value: -1e-08"),
+    ("eps", 1e-60, ValueError, "must be above 0 in float32"),
+    ("eps", 2.0**-150, ValueError, "must be above 0 in float32"),  # rounds to 0, ties to even
+    ("eps", NAN, ValueError, "Invalid epsilon value: nan"),
+    ("eps", INF, ValueError, "Invalid epsilon value: inf"),
+    ("eps", None, TypeError, "must be a number"),
+    ("weight_decay", -1e-3, ValueError, "Invalid weight_decay value: -0.001"),
+    ("weight_decay", NAN, ValueError, "Invalid weight_decay value: nan"),
+    ("weight_decay", INF, ValueError, "Invalid weight_decay value: inf"),
+    ("rho_threshold", 3.9, ValueError, "Invalid rho_threshold value: 3.9; it must be at least 4"),
+    ("rho_threshold", NAN, ValueError, "Invalid rho_threshold value: nan"),
+    ("max_grad_norm", 0.0, ValueError, "Invalid max_grad_norm value: 0.0"),
+    ("max_grad_norm", -1.0, ValueError, "Invalid max_grad_norm value: -1.0"),
+    ("max_grad_norm", NAN, ValueError, "Invalid max_grad_norm value: nan"),
+    ("max_grad_norm", "1", ValueError, "Invalid max_grad_norm value: '1'"),
+    ("weight_rounding", "Exact", ValueError, "Invalid weight_rounding value: 'Exact'; this"),
+    ("weight_rounding", None, ValueError, "Invalid weight_rounding value: None"),
+]
+WRONG_LOOKAHEAD = [
+    ("k", 0, ValueError, "Invalid k value: 0; the Lookahead period is a whole number"),
+    ("k", -6, ValueError, "Invalid k value: -6"),
+    ("k", 2.5, ValueError, "Invalid k value: 2.5"),
+    ("k", 2.0, ValueError, "Invalid k value: 2.0"),
+    ("k", True, ValueError, "Invalid k value: True"),
+    ("k", None, ValueError, "Invalid k value: None"),
+    ("alpha", -0.1, ValueError, r"Invalid alpha value: -0.1; .* in \[0, 1\]"),
+    ("alpha", 1.1, ValueError, "Invalid alpha value: 1.1"),
+    ("alpha", NAN, ValueError, "Invalid alpha value: nan"),
+]
+CASES = [
+    pytest.param(cls, *case, id=f"{name}-{case[0]}-{case[1]}")
+    for name, cls in OWN.items()
+    for case in WRONG + (WRONG_LOOKAHEAD if name != "RAdam" else [])
+]
+each_wrong_value = pytest.mark.parametrize(("cls", "option", "value", "error", "message"), CASES)
+
+
+def key_in_group(cls, option):
+    """What Lookahead calls it in a group, where ``alpha`` may be the inner optimizer's."""
+    mine = cls is lookahead_radam and option in ("k", "alpha")
+    return f"lookahead_{option}" if mine else option
+
+
+@each_wrong_value
+def test_a_wrong_value_is_refused_by_the_constructor(cls, option, value, error, message):
+    params = random_params((3,))
+    with pytest.raises(error, match=message):
+        cls(params, **{option: value})
+    if cls is not lookahead_radam:  # there the options of Lookahead are no defaults of a group
+        with pytest.raises(error, match=message):  # nor may every group override a wrong default
+            cls([{"params": params, option: cls(params).defaults[option]}], **{option: value})
+
+
+@pytest.mark.parametrize("cls", [RAdam, Ranger])
+def test_a_state_dtype_that_there_is_not_is_refused(cls):
+    with pytest.raises(ValueError, match=r"Invalid state_dtype value: torch.int8.*torch.float32"):
+        cls(random_params((3,)), state_dtype=torch.int8)
+
+
+@each_wrong_value
+def test_a_wrong_value_is_refused_in_a_group(cls, option, value, error, message):
+    first, second = random_params((3,), (3,))
+    optimizer = train(cls([first]), [first], range(3))
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [second], key_in_group(cls, option): value})
+    assert len(optimizer.param_groups) == 1
+    assert same(snapshot(optimizer), before)
+
+
+@each_wrong_value
+def test_a_value_that_becomes_wrong_stops_the_step_before_anything_moved(
+    cls, option, value, error, message
+):
+    params = random_params((3,), (3,))
+    optimizer = cls([{"params": [p]} for p in params])
+    train(optimizer, params, range(3))
+    good = snapshot(optimizer)
+    optimizer.param_groups[-1][key_in_group(cls, option)] = value
+    set_grads(params, 3)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    now = snapshot(optimizer)
+    assert same([now["params"], now["state"]], [good["params"], good["state"]])
+
+    optimizer.param_groups[-1][key_in_group(cls, option)] = good["groups"][-1][
+        key_in_group(cls, option)
+    ]
+    untouched = random_params((3,), (3,))
+    expected = train(cls([{"params": [p]} for p in untouched]), untouched, range(4))
+    optimizer.step()
+    assert same(snapshot(optimizer), snapshot(expected))
+
+
+@each_wrong_value
+def test_a_checkpoint_with_a_wrong_value_is_refused_unchanged(cls, option, value, error, message):
+    params = random_params((3,))
+    optimizer = train(cls(params), params, range(3))
+    before = snapshot(optimizer)
+    wrong = copy.deepcopy(optimizer.state_dict())
+    wrong["param_groups"][0][key_in_group(cls, option)] = value
+    for state in wrong["state"].values():
+        state["step"] += 10
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(wrong)
+    assert same(snapshot(optimizer), before)
+
+
+RIGHT = [
+    {"lr": 0.0},
+    {"lr": torch.tensor([[1e-3]])},
+    {"lr": torch.tensor(1e-3, dtype=torch.float64)},
+    {"betas": (0.0, 0.0)},
+    {"betas": [0.9, 0.999]},
+    {"betas": (0.999999, 0.9999999)},
+    {"betas": (torch.tensor(0.9), torch.tensor(0.999))},
+    {"eps": 2.0**-149},  # the smallest float32
+    {"weight_decay": 0.0, "rho_threshold": INF},
+    {"rho_threshold": 4},
+    {"max_grad_norm": INF},
+    {"max_grad_norm": 1},
+    {"k": 1},
+    {"k": 10**6},
+    {"alpha": 0},
+    {"alpha": 1},
+]
+
+
+@pytest.mark.parametrize("options", RIGHT, ids=str)
+def test_values_at_the_edge_are_taken_and_keep_parameters_finite(options):
+    for cls in (Ranger,) if {"k", "alpha"} & options.keys() else (RAdam, Ranger):
+        params = random_params((5,), (4,))
+        optimizer = cls(params, **options)
+        for step in range(8):
+            set_grads(params, step)
+            params[0].grad[0] = 0.0
+            optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+def assert_refused_unchanged(optimizer, params, error, message, steps_before=0):
+    """The gradients are set; a step must fail and change nothing, and go on once they are right."""
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+    after = train(optimizer, params, [steps_before])
+    assert all(after.state[p]["step"] == steps_before + 1 for p in params)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@each_own
+def test_a_sparse_gradient_on_the_last_parameter_moves_none(cls, steps_before):
+    params = random_params((4, 3), (2,), (5, 3))
+    optimizer = train(cls(params), params, range(steps_before))
+    set_grads(params, 9)
+    params[-1].grad = params[-1].grad.to_sparse()
+    message = "gradient of parameter 2 of group 0.*sparse gradients are not supported.*to_dense"
+    assert_refused_unchanged(optimizer, params, RuntimeError, message, steps_before)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@each_own
+def test_a_gradient_of_another_shape_on_the_last_parameter_moves_none(cls, steps_before):
+    params = random_params((4, 3), (2,), (6,))
+    optimizer = train(cls(params), params, range(steps_before))
+    set_grads(params, 9)
+    # As after replacing a parameter's memory and forgetting zero_grad().
+    params[-1].data = params[-1].data.view(2, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"shape \(6,\).*shape \(2, 3\).*zero_grad"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+    params[-1].data = params[-1].data.view(6)
+    assert_go_on(optimizer, params, steps_before)
+
+
+def assert_go_on(optimizer, params, steps_before):
+    train(optimizer, params, [steps_before])
+    assert all(optimizer.state[p]["step"] == steps_before + 1 for p in params)
+
+
+@each_own
+def test_a_parameter_whose_state_no_longer_fits_moves_none(cls):
+    params = random_params((4, 3), (2,), (6,))
+    optimizer = train(cls(params), params, range(3))
+    params[-1].data = params[-1].data.double()
+    params[-1].grad = None
+    set_grads(params, 3)
+    message = r"state '\w+' of parameter 2 of group 0 is torch.float32.*load_state_dict"
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+    optimizer.load_state_dict(optimizer.state_dict())  # as the message says
+    set_grads(params, 3)
+    optimizer.step()
+    assert optimizer.state[params[-1]]["exp_avg"].dtype == torch.float64
+
+
+@each_own
+def test_a_complex_gradient_of_a_real_parameter_moves_none(cls):
+    params = random_params((4, 3), (2,))
+    optimizer = cls(params)
+    set_grads(params[:1], 0)
+    params[-1].grad_dtype = torch.complex64
+    params[-1].grad = torch.ones(2, dtype=torch.complex64)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"torch.complex64, but the parameter is torch.float"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@each_own
+def test_an_integer_parameter_is_refused_by_the_step(cls):
+    (fine,) = random_params((3,))
+    whole = torch.tensor([1, 2, 3])
+    optimizer = cls([fine, whole])
+    set_grads([fine], 0)
+    whole.grad = torch.tensor([1, 1, 1])
+    before = snapshot(optimizer)
+    with pytest.raises(
+        ValueError, match=r"parameter 1 of group 0 is torch.int64 on cpu.*supported"
+    ):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@each_info
+def test_meta_parameters_construct_and_the_step_refuses_them(config):
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    (fine,) = random_params((3,))
+    optimizer = config.build([fine, *model.parameters()])
+    set_grads([fine], 0)
+    train(optimizer, [fine], [0])  # as long as they have no gradient they are no hindrance
+    for param in model.parameters():
+        param.grad = torch.empty_like(param)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 is .* on meta.*materialize"):
+        optimizer.step()
+    assert same(snapshot(optimizer)["state"], before["state"])
+    assert same(snapshot(optimizer)["params"][0], before["params"][0])
+
+
+@each_info
+def test_an_expanded_parameter_is_refused_by_the_step(config):
+    (fine,) = random_params((3,))
+    expanded = Parameter(torch.ones(1).expand(4))
+    optimizer = config.build([fine, expanded])
+    set_grads([fine], 0)
+    expanded.grad = torch.ones(4)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"expanded tensor.*contiguous"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@each_own
+def test_errors_call_named_parameters_by_their_names(cls):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer = cls(model.named_parameters())
+    set_grads(model.parameters(), 0)
+    model[1].weight.grad = model[1].weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match=r"the gradient of '1\.weight' is torch.sparse_coo"):
+        optimizer.step()
+
+
+# --- other arguments ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam, lookahead_adamw])
+def test_a_backend_that_there_is_not_is_refused(cls):
+    build = cls
+    if cls is lookahead_adamw:
+
+        def build(params, backend):
+            return Lookahead(torch.optim.AdamW(params), backend=backend)
+
+    params = random_params((3,))
+    with pytest.raises(ValueError, match=r"Invalid backend: 'gpu'; use None .* 'cpu', 'reference'"):
+        build(params, backend="gpu")
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .*ranger_cuda info"):
+        build(params, backend="triton")
+
+
+def test_a_backend_that_does_not_serve_a_dtype_moves_nothing():
+    fine, low = random_params((3,))[0], random_params((3,), dtype=torch.bfloat16)[0]
+    optimizer = Ranger([fine, low], backend="cpu")
+    set_grads([fine, low], 0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0 is torch.bfloat16 on cpu, which"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)

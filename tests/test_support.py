@@ -1,0 +1,97 @@
+"""The support table is true, and what cannot run says why and what would mend it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranger_cuda
+from ranger_cuda import Ranger, support
+from ranger_cuda.cli import info, main
+
+REAL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [*REAL, torch.complex64, torch.complex128, torch.complex32, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", support.BACKENDS)
+def test_a_backend_serves_just_what_the_table_says(backend, dtype):
+    param = torch.nn.Parameter(torch.ones(4).to(dtype))
+    param.grad = torch.ones(4).to(dtype)
+    optimizer = Ranger([param], lr=0.5, backend=backend)
+    if dtype not in support.BACKENDS[backend].dtypes:
+        with pytest.raises(ValueError, match=rf"{dtype} on cpu.*backend='{backend}'"):
+            optimizer.step()
+        assert not optimizer.state
+        return
+    optimizer.step()
+    # Not rectified at the first step: lr / (1 - beta1) * (1 - beta1) = 0.5 but for rounding.
+    assert torch.allclose(param, torch.full_like(param, 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*REAL, torch.complex64])
+def test_no_backend_named_means_one_that_serves(dtype):
+    param = torch.nn.Parameter(torch.ones(4).to(dtype))
+    chosen = support.choose(None, param, "it")
+    first = next(b.name for b in support.BACKENDS.values() if support.serves(b, param))
+    assert chosen == first
+    assert (chosen == "cpu") == (dtype in support.BACKENDS["cpu"].dtypes)
+
+
+@pytest.mark.parametrize("backend", support.PLANNED)
+def test_a_backend_that_is_not_there_says_cause_fix_and_diagnosis(backend):
+    with pytest.raises(RuntimeError, match=r"no \w+ kernels yet.*backend=None.*ranger_cuda info"):
+        Ranger([torch.nn.Parameter(torch.ones(1))], backend=backend)
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["ranger_cuda._C"] = None
+import torch, ranger_cuda
+param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
+optimizer = ranger_cuda.Ranger([param], lr=0.5)
+optimizer.step()
+assert torch.allclose(param, torch.full((3,), 0.5))
+try:
+    ranger_cuda.Ranger([param], backend="cpu")
+except RuntimeError as error:
+    print(error)
+from ranger_cuda.cli import main
+assert main(["info"]) == 0
+"""
+
+
+def test_without_the_extension_everything_works_and_cpu_says_what_is_missing():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    for expected in (
+        "ranger_cuda._C was not compiled",
+        "pip install",
+        "python -m ranger_cuda info",
+        "extension: none",
+    ):
+        assert expected in result.stdout
+
+
+def test_info_has_every_backend_with_a_step_or_a_cause(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    report = info.collect()
+    assert {row["name"] for row in report["backends"]} == {*support.BACKENDS, *support.PLANNED}
+    for row in report["backends"]:
+        assert row["name"] in shown
+        assert row["step"] == "ok" if row["works"] == "yes" else row["cause"] and row["fix"]
+    assert ranger_cuda.__version__ in shown
+
+
+def test_torch_and_the_extension_share_one_openmp_runtime():
+    assert len(info.openmp_runtimes()) <= 1
