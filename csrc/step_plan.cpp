@@ -156,7 +156,6 @@ void StepPlan::finish(const py::dict& optimizer_state) {
     state_entries_.push_back({key.ptr(), found == row_of.end() ? -1 : found->second});
   }
   chunks_ = cut_into_chunks(rows_, cpu::kChunkSize);
-  schedules_.resize(rows_.size());
 }
 
 // Walking the dict in its order is faster than looking names up; another order is a change, too.
@@ -273,27 +272,26 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
 }
 
 void StepPlan::launch(const std::vector<Hyperparameters>& hypers, int num_threads) {
+  row_scalars_.assign(rows_.size(), nullptr);
+  scalars_.clear();
   // Parameters of a group mostly share their step, and so their scalars.
-  const cpu::RowSchedule* last = nullptr;
+  int32_t last_group = -1;
   int64_t last_step = 0;
-  for (cpu::RowSchedule& now : schedules_) now.active = false;
-  for (int32_t row : active_) {
-    const int64_t step = static_cast<int64_t>(*rows_[row].step) + 1;
-    const Hyperparameters* hyper = &hypers[rows_[row].group];
-    cpu::RowSchedule& now = schedules_[row];
-    if (last != nullptr && last->hyper == hyper && last_step == step) {
-      now = *last;
-    } else {
-      now = {hyper, schedule(*hyper, step), true};
+  for (int32_t i : active_) {
+    const TensorRow& row = rows_[i];
+    const int64_t step = static_cast<int64_t>(*row.step) + 1;
+    if (row.group != last_group || step != last_step) {
+      scalars_.emplace_back(hypers[row.group], step);
+      last_group = row.group;
+      last_step = step;
     }
-    last = &now;
-    last_step = step;
-    *rows_[row].step = static_cast<float>(step);
+    row_scalars_[i] = &scalars_.back();
+    *row.step = static_cast<float>(step);
   }
   {
     py::gil_scoped_release released;
     const auto run = rule_ == Rule::kRadam ? cpu::radam_step : cpu::lookahead_step;
-    run(rows_, chunks_, schedules_, num_threads);
+    run(rows_, chunks_, row_scalars_, num_threads);
   }
   active_.clear();
   gradients_.clear();

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -113,7 +114,8 @@ class StepPlan {
   // The step under way.
   std::vector<int32_t> active_;
   std::vector<pybind11::object> gradients_;  // alive until the launch is over
-  std::vector<cpu::RowSchedule> schedules_;
+  std::deque<cpu::StepScalars> scalars_;
+  cpu::RowScalars row_scalars_;
 };
 
 }  // namespace ranger

@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from .tensors import DTensor
 
 
+@torch.no_grad()
 def total_norm(grads: Iterable[Tensor]) -> float:
     """The 2-norm of all gradients taken together, over all ranks for those of DTensors.
 
@@ -29,7 +30,6 @@ def total_norm(grads: Iterable[Tensor]) -> float:
     return math.sqrt(squares)
 
 
-@torch.no_grad()
 def clip_coefficients(param_groups: list[dict[str, Any]], grad_scale: float) -> list[float]:
     """For each group, what brings the total norm down to its ``max_grad_norm``; 1 where it is less.
 

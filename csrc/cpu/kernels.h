@@ -9,7 +9,7 @@ namespace ranger::cpu {
 
 template <typename T>
 struct RadamArgs {
-  Coefficients<T> c;
+  const Coefficients<T>& c;
   bool rectified;
   bool sync;
   int64_t count;

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <memory>
+#include <type_traits>
 
 #include "kernels.h"
 #include "strided.h"
@@ -61,10 +62,18 @@ bool is_consecutive(const TensorRow& row) {
 }
 
 template <typename T>
-void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+const Coefficients<T>& of(const StepScalars& scalars) {
+  if constexpr (std::is_same_v<T, float>) {
+    return scalars.f32;
+  } else {
+    return scalars.f64;
+  }
+}
+
+template <typename T>
+void radam_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
   const bool sync = now.schedule.sync && row.data[kSlowParam] != nullptr;
-  RadamArgs<T> args{coefficients<T>(*now.hyper, now.schedule), now.schedule.rectified, sync,
-                    chunk.count};
+  RadamArgs<T> args{of<T>(now), now.schedule.rectified, sync, chunk.count};
   const auto bind = [&](auto&& at) {
     args.p = at(kParam);
     args.g = at(kGrad);
@@ -86,46 +95,45 @@ void radam_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& no
 }
 
 template <typename T>
-void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
   const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
   const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
-  lookahead(kernels(),
-            LookaheadArgs<T>{chunk.count, p.data(), slow.data(), static_cast<T>(now.hyper->alpha)});
+  lookahead(kernels(), LookaheadArgs<T>{chunk.count, p.data(), slow.data(), of<T>(now).alpha});
   p.write_back();
   slow.write_back();
 }
 
 template <typename Body>
 void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const std::vector<RowSchedule>& schedules, int num_threads, Body body) {
+                    const RowScalars& scalars, int num_threads, Body body) {
   int64_t elements = 0;
   for (size_t row = 0; row < rows.size(); ++row) {
-    if (schedules[row].active) elements += rows[row].numel;
+    if (scalars[row] != nullptr) elements += rows[row].numel;
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
 #pragma omp parallel for schedule(dynamic, 4) \
     num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
-    if (schedules[chunk.row].active) body(rows[chunk.row], chunk, schedules[chunk.row]);
+    if (scalars[chunk.row] != nullptr) body(rows[chunk.row], chunk, *scalars[chunk.row]);
   }
 }
 
 }  // namespace
 
 void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                const std::vector<RowSchedule>& schedules, int num_threads) {
-  for_each_chunk(rows, chunks, schedules, num_threads,
-                 [](const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+                const RowScalars& scalars, int num_threads) {
+  for_each_chunk(rows, chunks, scalars, num_threads,
+                 [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
                    row.dtype == DType::kFloat64 ? radam_chunk<double>(row, chunk, now)
                                                 : radam_chunk<float>(row, chunk, now);
                  });
 }
 
 void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const std::vector<RowSchedule>& schedules, int num_threads) {
-  for_each_chunk(rows, chunks, schedules, num_threads,
-                 [](const TensorRow& row, const Chunk& chunk, const RowSchedule& now) {
+                    const RowScalars& scalars, int num_threads) {
+  for_each_chunk(rows, chunks, scalars, num_threads,
+                 [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
                    if (!now.schedule.sync) return;
                    row.dtype == DType::kFloat64 ? lookahead_chunk<double>(row, chunk, now)
                                                 : lookahead_chunk<float>(row, chunk, now);

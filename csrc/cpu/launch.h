@@ -15,19 +15,27 @@ constexpr int32_t kChunkSize = 16384;
 // Below this many elements in all, starting a second thread costs more than it gives.
 constexpr int64_t kSerialElements = 32768;
 
-// A row's scalars for this step; `active` is false for a parameter that does not move.
-struct RowSchedule {
-  const Hyperparameters* hyper = nullptr;
-  Schedule schedule = {};
-  bool active = false;
+// The scalars of one step of one group, shared by its parameters that are at the same step.
+struct StepScalars {
+  StepScalars(const Hyperparameters& hyper, int64_t step)
+      : schedule(ranger::schedule(hyper, step)),
+        f32(coefficients<float>(hyper, schedule)),
+        f64(coefficients<double>(hyper, schedule)) {}
+
+  Schedule schedule;
+  Coefficients<float> f32;
+  Coefficients<double> f64;
 };
+
+// For each row its scalars; nullptr for a parameter that does not move in this step.
+using RowScalars = std::vector<const StepScalars*>;
 
 // The fused RAdam + Lookahead step of every active row.
 void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                const std::vector<RowSchedule>& schedules, int num_threads);
+                const RowScalars& scalars, int num_threads);
 
 // The Lookahead interpolation alone, of every active row whose schedule says sync.
 void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const std::vector<RowSchedule>& schedules, int num_threads);
+                    const RowScalars& scalars, int num_threads);
 
 }  // namespace ranger::cpu
