@@ -111,7 +111,7 @@ void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>
     if (scalars[row] != nullptr) elements += rows[row].numel;
   }
   const int64_t count = static_cast<int64_t>(chunks.size());
-#pragma omp parallel for schedule(dynamic, 4) \
+#pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
