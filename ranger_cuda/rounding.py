@@ -6,6 +6,9 @@ parameter is all there is, as in plain PyTorch.
 
 The bfloat16 half is the master rounded to nearest with ties away from zero, not to even:
 only then does every remainder fit a signed 16-bit integer.
+
+A parameter that others write to between steps (weights loaded late, a mask, a clamp) counts as it
+is then; what was kept of its old value at most moves it within its own rounding.
 """
 
 from __future__ import annotations
@@ -42,12 +45,15 @@ def load(param: Tensor, state: dict[str, Any]) -> Tensor:
     """The value that the arithmetic works on; a new tensor if ``param`` is low precision."""
     if param.dtype not in LOW_PRECISION:
         return param
-    if param.dtype == torch.float16 and "master" in state:
-        return state["master"].clone()
     value = param.float()
+    if param.dtype == torch.float16 and "master" in state:
+        master = state["master"]
+        return torch.where(master.to(param.dtype) == param, master, value)
     if param.dtype == torch.bfloat16 and "residual" in state:
-        bits = value.view(torch.int32) + state["residual"]
-        value = bits.view(torch.float32)
+        bits = value.view(torch.int32)
+        # Below zero there are no bits: a negative residual is one of a value that is gone.
+        residual = torch.where(value == 0.0, state["residual"].clamp(min=0), state["residual"])
+        value = (bits + residual).view(torch.float32)
     return value
 
 
