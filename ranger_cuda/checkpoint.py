@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from . import hyperparameters
 from .tensors import local, state_dtype
 
-KEPT_DTYPES = ("residual", "master")  # their dtype is a property of the state, not of the parameter
+# State of the parameter's shape: its precision is the parameter's, or its own.
+MOMENTS = ("exp_avg", "exp_avg_sq", "slow_param")
+MASTERS = {"residual": torch.int16, "master": torch.float32}
 
 
 class Shielded:
@@ -57,21 +59,36 @@ def _check(state: dict[str, Any], param: Tensor, key: Any) -> None:
             f"loaded state dict: the state of parameter {key} has {sorted(state)} but no "
             f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
         )
-    check_shapes(state, param, key)
+    check_values(state, param, key)
 
 
-def check_shapes(state: dict[str, Any], param: Tensor, key: Any) -> None:
-    """Raise if a saved state is one of a parameter of another shape.
+def check_values(state: dict[str, Any], param: Tensor, key: Any) -> None:
+    """Raise if a saved state is no step count, or of a parameter of another shape.
 
     Raises:
-        ValueError: says which, and both shapes.
+        ValueError: says which, what it is and what it should be.
     """
-    for name in ("exp_avg", "exp_avg_sq", "slow_param"):
-        if name in state and state[name].shape != param.shape:
-            raise ValueError(
-                f"loaded state dict: {name!r} of parameter {key} has shape "
-                f"{tuple(state[name].shape)}, but the parameter has shape {tuple(param.shape)}"
-            )
+    for name, value in state.items():
+        if name.endswith("step"):
+            if not is_count(value):
+                raise ValueError(
+                    f"loaded state dict: {name!r} of parameter {key} is {value!r}, but it counts "
+                    "steps: a whole number, at least 0"
+                )
+        elif name in MOMENTS or name in MASTERS:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {value!r}"
+            if shape != tuple(param.shape):
+                raise ValueError(
+                    f"loaded state dict: {name!r} of parameter {key} has shape {shape}, but the "
+                    f"parameter has shape {tuple(param.shape)}"
+                )
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` can be a number of steps: of any type that ``torch.optim`` ever had."""
+    if isinstance(value, Tensor):
+        value = local(value).item() if value.numel() == 1 and not value.is_complex() else None
+    return isinstance(value, (int, float)) and value >= 0 and float(value).is_integer()
 
 
 def restore_state(param: Tensor, saved: Shielded) -> dict[str, Any]:
@@ -85,8 +102,8 @@ def restore_value(param: Tensor, name: str, value: Any) -> Any:
         return step_tensor(value)
     if not isinstance(value, Tensor):
         return value
-    moment = name in ("exp_avg", "exp_avg_sq", "slow_param")
-    return value.to(param.device, state_dtype(param) if moment else value.dtype)
+    dtype = state_dtype(param) if name in MOMENTS else MASTERS.get(name, value.dtype)
+    return value.to(param.device, dtype)
 
 
 def step_tensor(value: Any = 0.0) -> Tensor:

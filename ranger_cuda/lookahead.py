@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import dispatch, hyperparameters, support
-from .checkpoint import check_shapes, is_step_tensor, restore_value, step_tensor
+from .checkpoint import check_values, is_step_tensor, restore_value, step_tensor
 from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
@@ -74,6 +74,7 @@ class Lookahead(SlowWeights, Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_ready("copying or pickling")
         return {"optimizer": self.optimizer, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,7 +238,7 @@ class Lookahead(SlowWeights, Optimizer):
                     ours[key].setdefault("lookahead_step", value["step"])
                 value = {name: v for name, v in value.items() if name not in STATE_NAMES}
                 if key in params:
-                    check_shapes(ours[key], params[key], key)
+                    check_values(ours[key], params[key], key)
             inner[key] = value
         kept = [{n: group[n] for n in GROUP_NAMES if n in group} for group in self.param_groups]
         self.optimizer.load_state_dict({**state_dict, "state": inner})

@@ -178,11 +178,15 @@ class FusedOptimizer(Optimizer):
             shield.remove()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_ready("copying or pickling")
         return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called to unpickle and copy, and by load_state_dict with new groups and states.
         before = self.__dict__.get("param_groups", [])
+        for param, saved in state.get("state", {}).items():
+            if isinstance(saved, Shielded):
+                state["state"][param] = restore_state(param, saved)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
@@ -190,9 +194,6 @@ class FusedOptimizer(Optimizer):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}
             for name in self.defaults:
                 group.setdefault(name, known[name])
-        for param, saved in self.state.items():
-            if isinstance(saved, Shielded):
-                self.state[param] = restore_state(param, saved)
 
 
 def new_slow_param(param: Tensor) -> Tensor:

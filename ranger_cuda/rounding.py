@@ -50,10 +50,11 @@ def load(param: Tensor, state: dict[str, Any]) -> Tensor:
         master = state["master"]
         return torch.where(master.to(param.dtype) == param, master, value)
     if param.dtype == torch.bfloat16 and "residual" in state:
-        bits = value.view(torch.int32)
-        # Below zero there are no bits: a negative residual is one of a value that is gone.
-        residual = torch.where(value == 0.0, state["residual"].clamp(min=0), state["residual"])
-        value = (bits + residual).view(torch.float32)
+        residual = state["residual"]
+        # Nothing is nearer to 0 than 0, or beyond infinity: such a residual is of a value gone.
+        residual = torch.where(value == 0.0, residual.clamp(min=0), residual)
+        residual = torch.where(value.isinf(), residual.clamp(max=0), residual)
+        value = (value.view(torch.int32) + residual).view(torch.float32)
     return value
 
 

@@ -61,7 +61,8 @@ class SlowWeights:
 
         Within the context every parameter holds its slow weight; on leaving it, whatever happens
         within, each gets its own bits back. A parameter that has not been stepped yet stays as it
-        is. ``step``, ``state_dict`` and ``load_state_dict`` are refused in between.
+        is. ``step``, ``state_dict``, ``load_state_dict`` and copies of the optimizer are refused in
+        between.
 
         Raises:
             RuntimeError: the slow weights are swapped in already.

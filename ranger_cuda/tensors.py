@@ -98,8 +98,7 @@ def check_param(param: Tensor, name: str) -> None:
             f"{name} is a {where.layout} tensor on {where.device}; an optimizer needs dense "
             "memory to update: materialize the model before the first step"
         )
-    expanded = (n > 1 and not stride for n, stride in zip(where.shape, where.stride(), strict=True))
-    if where.numel() > 0 and any(expanded):
+    if is_expanded(where):
         raise ValueError(
             f"{name} is an expanded tensor, several of whose elements share memory; make it "
             "contiguous: param.data = param.data.contiguous()"
@@ -109,6 +108,12 @@ def check_param(param: Tensor, name: str) -> None:
             f"{name} is a lazy conjugate of its memory; resolve it: "
             "param.data = param.data.resolve_conj()"
         )
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements of ``tensor`` share memory, so that none can be written alone."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(n > 1 and not stride for n, stride in strides)
 
 
 def check_state(
@@ -132,4 +137,9 @@ def check_state(
                 f"parameter needs {wanted[0]} on {wanted[1]} of shape {wanted[2]}. After moving or "
                 "converting a model, optimizer.load_state_dict(optimizer.state_dict()) brings the "
                 "state along; a parameter of another shape needs a new optimizer"
+            )
+        if is_expanded(value):
+            raise RuntimeError(
+                f"state {key!r} of {name} is an expanded tensor, several of whose elements share "
+                "memory; make it contiguous"
             )

@@ -185,7 +185,36 @@ def one_group_more(saved):
     saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
 
 
-@pytest.mark.parametrize("damage", [sgd_state, wrong_shape, no_moment, zero_eps, one_group_more])
+def half_a_step(saved):
+    saved["state"][1]["step"] = 2.5
+
+
+def step_of_the_moment_s_shape(saved):
+    saved["state"][1]["step"] = saved["state"][1]["exp_avg"].clone()
+
+
+def negative_step(saved):
+    saved["state"][1]["step"] = torch.tensor(-1.0)
+
+
+def moment_that_is_a_number(saved):
+    saved["state"][1]["exp_avg"] = 0.0
+
+
+DAMAGES = [
+    sgd_state,
+    wrong_shape,
+    no_moment,
+    zero_eps,
+    one_group_more,
+    half_a_step,
+    step_of_the_moment_s_shape,
+    negative_step,
+    moment_that_is_a_number,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(damage):
     params, other = twins(make([torch.float32]))
     optimizer, twin = Ranger(params), Ranger(other)
@@ -198,6 +227,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(damage):
     for each, its in ((optimizer, params), (twin, other)):
         train(each, its, range(5, 9))
     assert_same(optimizer, twin, params, other, "after a refused load")
+
+
+def test_a_state_dict_hook_s_cast_of_a_residual_is_undone():
+    (a,), (b,) = twins([torch.randn(5).bfloat16()])
+    first, second = Ranger([a]), Ranger([b])
+    train(first, [a], range(3))
+    b.data.copy_(a)
+    saved = copy.deepcopy(first.state_dict())
+    saved["state"][0]["residual"] = saved["state"][0]["residual"].long()
+    second.load_state_dict(saved)
+    train(first, [a], range(3, 9))
+    train(second, [b], range(3, 9))
+    assert_same(first, second, [a], [b], "after the load")
 
 
 def test_trainers_may_add_group_keys_and_load_an_optimizer_s_own_state():

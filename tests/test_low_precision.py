@@ -56,6 +56,15 @@ def test_every_float32_is_a_bfloat16_and_a_residual():
     assert torch.equal(error, other)  # as near as the nearest
 
 
+def test_a_residual_of_a_value_that_is_gone_makes_no_nan_of_zero_or_infinity():
+    param = torch.tensor([0.0, -0.0, torch.inf, -torch.inf], dtype=torch.bfloat16)
+    for residual in (-0x8000, -1, 1, 0x7FFF):
+        state = {"residual": torch.full((4,), residual, dtype=torch.int16)}
+        loaded = load(param, state)
+        assert not loaded.isnan().any(), residual
+        assert torch.equal(loaded.to(torch.bfloat16)[:2].abs(), torch.zeros(2, dtype=param.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 @pytest.mark.parametrize("build", [RAdam, Ranger])
 def test_decoupled_weight_decay_is_not_lost(build, dtype):

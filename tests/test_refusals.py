@@ -345,3 +345,18 @@ def test_a_backend_that_does_not_serve_a_dtype_moves_nothing():
     with pytest.raises(ValueError, match=r"parameter 1 of group 0 is torch.bfloat16 on cpu, which"):
         optimizer.step()
     assert same(snapshot(optimizer), before)
+
+
+@each_own
+def test_an_expanded_state_is_refused_by_the_step(cls):
+    params = random_params((3,), (4,))
+    optimizer = train(cls(params), params, range(2))
+    kept = optimizer.state[params[1]]["exp_avg"]
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(1).expand(4)
+    set_grads(params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"state 'exp_avg' of parameter 1 .*expanded"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+    optimizer.state[params[1]]["exp_avg"] = kept
+    optimizer.step()
