@@ -4,10 +4,9 @@
 
 #include "build_info.h"
 #include "cpu/kernels.h"
-#include "step_plan.h"
-#if defined(RANGER_WITH_CUDA)
 #include "cuda/device.h"
-#endif
+#include "cuda/error.h"
+#include "step_plan.h"
 
 namespace py = pybind11;
 
@@ -15,8 +14,20 @@ namespace ranger {
 namespace {
 
 // The fields of ranger_cuda.hyperparameters.Hyperparameters, in its order.
-Hyperparameters to_hyperparameters(const py::tuple& fields, double grad_scale) {
-  enum { kLr, kBeta1, kBeta2, kEps, kDecay, kRhoThreshold, kAlpha, kK, kDecoupled };
+Hyperparameters to_hyperparameters(const py::tuple& fields) {
+  enum {
+    kLr,
+    kBeta1,
+    kBeta2,
+    kEps,
+    kDecay,
+    kRhoThreshold,
+    kAlpha,
+    kK,
+    kMaxGradNorm,
+    kDecoupled,
+    kMaximize
+  };
   const auto number = [&](int i) { return fields[i].cast<double>(); };
   return {number(kLr),
           number(kBeta1),
@@ -26,21 +37,27 @@ Hyperparameters to_hyperparameters(const py::tuple& fields, double grad_scale) {
           number(kRhoThreshold),
           number(kAlpha),
           fields[kK].cast<int64_t>(),
+          number(kMaxGradNorm),
           fields[kDecoupled].cast<bool>(),
-          grad_scale};
+          fields[kMaximize].cast<bool>()};
 }
 
-void launch(StepPlan& plan, const py::sequence& groups, const std::vector<double>& grad_scales,
-            int num_threads) {
+// The fields of ranger_cuda.dispatch.Signals.
+StepPlan::Signals to_signals(const py::tuple& fields) {
+  return {fields[0], fields[1], fields[2], fields[3].cast<std::vector<py::object>>()};
+}
+
+void launch(StepPlan& plan, const py::sequence& groups, double unscale, double norm,
+            const py::sequence& devices, int num_threads) {
   std::vector<Hyperparameters> hypers;
-  for (size_t i = 0; i < groups.size(); ++i) {
-    hypers.push_back(to_hyperparameters(groups[i].cast<py::tuple>(), grad_scales.at(i)));
-  }
-  plan.launch(hypers, num_threads);
+  for (py::handle group : groups) hypers.push_back(to_hyperparameters(group.cast<py::tuple>()));
+  std::vector<StepPlan::Signals> signals;
+  for (py::handle device : devices) signals.push_back(to_signals(device.cast<py::tuple>()));
+  plan.launch(hypers, {unscale, norm}, signals, num_threads);
 }
 
 py::tuple schedule_of(const py::tuple& fields, int64_t step) {
-  const Schedule s = schedule(to_hyperparameters(fields, 1.0), step);
+  const Schedule s = schedule(to_hyperparameters(fields), step);
   return py::make_tuple(s.rectified, s.step_size, s.decay, s.sync);
 }
 
@@ -52,7 +69,6 @@ py::dict build_info() {
   info["cuda_architectures"] = RANGER_BUILD_CUDA_ARCHITECTURES;
   info["cuda_reason"] = RANGER_BUILD_CUDA_REASON;
   info["cpu_capability"] = cpu::kernels().instruction_set;
-#if defined(RANGER_WITH_CUDA)
   const cuda::DeviceReport report = cuda::report_devices();
   py::dict device;
   device["runtime_version"] = report.runtime_version;
@@ -60,7 +76,6 @@ py::dict build_info() {
   device["error"] = report.error;
   device["devices"] = report.devices;
   info["cuda_device"] = device;
-#endif
   return info;
 }
 
@@ -69,20 +84,28 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of ranger_cuda; see csrc/.";
 
-  py::class_<StepPlan> plan(module, "StepPlan");
-  py::enum_<StepPlan::Rule>(plan, "Rule")
+  const py::object base = py::module_::import("torch").attr("OutOfMemoryError");
+  py::register_local_exception<cuda::Error>(module, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<cuda::OutOfMemory>(module, "CudaOutOfMemoryError", base);
+
+  py::class_<StepPlan> plan(module, "StepPlan", py::module_local());
+  py::enum_<StepPlan::Rule>(plan, "Rule", py::module_local())
       .value("RADAM", StepPlan::Rule::kRadam)
       .value("LOOKAHEAD", StepPlan::Rule::kLookahead);
   plan.def(py::init<StepPlan::Rule, py::capsule, py::object, py::object>(), py::arg("rule"),
            py::arg("exchange_api"), py::arg("plain"), py::arg("plain_grad"))
       .def("add_row", &StepPlan::add_row, py::arg("param"), py::arg("group"), py::arg("name"),
-           py::arg("state"), py::arg("streams"), py::arg("step_name"))
+           py::arg("backend"), py::arg("state"), py::arg("streams"), py::arg("step_name"))
       .def("add_idle", &StepPlan::add_idle, py::arg("param"), py::arg("group"))
       .def("add_foreign", &StepPlan::add_foreign, py::arg("param"), py::arg("group"))
       .def("finish", &StepPlan::finish, py::arg("optimizer_state"))
       .def("collect", &StepPlan::collect, py::arg("param_groups"), py::arg("optimizer_state"),
            py::arg("moved") = py::none())
-      .def("launch", &launch, py::arg("hypers"), py::arg("grad_scales"), py::arg("num_threads"));
+      .def("devices", &StepPlan::devices)
+      .def("has_cpu_rows", &StepPlan::has_cpu_rows)
+      .def("launch", &launch, py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
+           py::arg("signals"), py::arg("num_threads"))
+      .def("swap", &StepPlan::swap, py::arg("num_threads"));
 
   module.def("schedule", &schedule_of, py::arg("hyper"), py::arg("step"),
              "The scalars of one step, for tests against ranger_cuda.schedule.");

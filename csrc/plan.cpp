@@ -42,6 +42,7 @@ int64_t count_elements(const Layout& layout) {
 std::vector<Chunk> cut_into_chunks(const std::vector<TensorRow>& rows, int32_t chunk_size) {
   std::vector<Chunk> chunks;
   for (size_t row = 0; row < rows.size(); ++row) {
+    if (rows[row].device != kCpu) continue;
     for (int64_t begin = 0; begin < rows[row].numel; begin += chunk_size) {
       const int64_t count = std::min<int64_t>(chunk_size, rows[row].numel - begin);
       chunks.push_back({static_cast<int32_t>(row), static_cast<int32_t>(count), begin});

@@ -19,7 +19,11 @@ enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kStreams };
 // Empty: consecutive. Otherwise the stride of each of TensorRow::sizes, in elements.
 using Strides = std::vector<int64_t>;
 
+// A row's device where the CPU's kernels move it.
+constexpr int32_t kCpu = -1;
+
 struct TensorRow {
+  int32_t device = kCpu;  // or the index of the CUDA device whose kernels do
   int64_t numel = 0;
   DType dtype = DType::kFloat32;
   int32_t group = 0;
@@ -53,7 +57,8 @@ struct Chunk {
   int64_t begin;
 };
 
-// Cuts rows into chunks of at most `chunk_size` elements, in order, without overlap or gap.
+// Cuts the CPU's rows into chunks of at most `chunk_size` elements, in order, without overlap or
+// gap.
 std::vector<Chunk> cut_into_chunks(const std::vector<TensorRow>& rows, int32_t chunk_size);
 
 }  // namespace ranger

@@ -12,6 +12,17 @@
 #define RANGER_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
+// Hints for nvcc. How often to unroll the next loop:
+#if defined(__CUDA_ARCH__)
+#define RANGER_PRAGMA(text) _Pragma(#text)
+#define RANGER_UNROLL(times) RANGER_PRAGMA(unroll times)
+// An address that was itself loaded could be one of shared memory for all that nvcc knows.
+#define RANGER_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+#else
+#define RANGER_UNROLL(times)
+#define RANGER_ASSUME_GLOBAL(pointer)
+#endif
+
 namespace ranger {
 
 // Correctly rounded square roots (IEEE 754), on the device too whatever flags it is compiled with.

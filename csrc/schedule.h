@@ -23,8 +23,9 @@ struct Hyperparameters {
   double rho_threshold;  // rectify above this length of the approximated SMA
   double alpha;          // Lookahead interpolation factor
   int64_t k;             // Lookahead period in steps; 0: no Lookahead
+  double max_grad_norm;  // clip the gradients' total norm to this; infinity: no clipping
   bool decoupled_weight_decay;
-  double grad_scale;  // loss unscale x clip coefficient x sign
+  bool maximize;
 };
 
 // What changes from step to step, for one parameter at its own step t >= 1.
@@ -65,6 +66,17 @@ RANGER_HOST_DEVICE Schedule schedule(const Hyperparameters& h, int64_t step) {
   return s;
 }
 
+// What gradients are multiplied by: loss unscale, clip coefficient and sign. `norm` is that of all
+// gradients as they are, and a NaN in it is not hidden, as in torch.nn.utils.clip_grad_norm_.
+RANGER_HOST_DEVICE double grad_scale(const Hyperparameters& h, double unscale, double norm) {
+  double scale = unscale;
+  if (h.max_grad_norm < INFINITY) {
+    const double coefficient = h.max_grad_norm / (norm * unscale + 1e-6);
+    scale = coefficient >= 1.0 ? scale : scale * coefficient;
+  }
+  return h.maximize ? -scale : scale;
+}
+
 // Every scalar of the update rule, each rounded once to the type of the arithmetic.
 template <typename T>
 struct Coefficients {
@@ -79,13 +91,14 @@ struct Coefficients {
 };
 
 template <typename T>
-RANGER_HOST_DEVICE Coefficients<T> coefficients(const Hyperparameters& h, const Schedule& s) {
+RANGER_HOST_DEVICE Coefficients<T> coefficients(const Hyperparameters& h, const Schedule& s,
+                                                double grad_scale) {
   return {
-      static_cast<T>(h.grad_scale), static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
-      static_cast<T>(h.beta1),      static_cast<T>(1.0 - h.beta1),
-      static_cast<T>(h.beta2),      static_cast<T>(1.0 - h.beta2),
-      static_cast<T>(h.eps),        static_cast<T>(s.decay),
-      static_cast<T>(s.step_size),  static_cast<T>(h.alpha)};
+      static_cast<T>(grad_scale),  static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
+      static_cast<T>(h.beta1),     static_cast<T>(1.0 - h.beta1),
+      static_cast<T>(h.beta2),     static_cast<T>(1.0 - h.beta2),
+      static_cast<T>(h.eps),       static_cast<T>(s.decay),
+      static_cast<T>(s.step_size), static_cast<T>(h.alpha)};
 }
 
 }  // namespace ranger

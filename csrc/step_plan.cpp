@@ -77,13 +77,14 @@ void StepPlan::add_foreign(py::object param, int32_t group) {
   add_entry(std::move(param), group, Kind::kForeign);
 }
 
-void StepPlan::add_row(py::object param, int32_t group, py::str name, py::dict state,
-                       const py::sequence& streams, py::str step_name) {
+void StepPlan::add_row(py::object param, int32_t group, py::str name, const std::string& backend,
+                       py::dict state, const py::sequence& streams, py::str step_name) {
   const py::object plain = plain_(param);
   const DLTensor tensor = exchange_.describe(plain.ptr());
   const Layout layout = layout_of(tensor);
 
   TensorRow row;
+  if (backend == "cuda") row.device = tensor.device.device_id;
   RowKey key;
   key.param = TensorKey(tensor);
   key.order = memory_order(layout);
@@ -121,9 +122,11 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
   }
   const py::object step = state[step_name];
   const DLTensor tensor = exchange_.describe(step.ptr());
-  if (dtype_of(tensor) != DType::kFloat32 || tensor.device.device_type != kDLCPU) {
+  const bool reachable =
+      row.device == kCpu ? tensor.device.device_type == kDLCPU : key.param.same_device(tensor);
+  if (dtype_of(tensor) != DType::kFloat32 || !reachable) {
     throw py::value_error("state " + std::string(step_name) +
-                          " must be a float32 tensor on the CPU");
+                          " must be a float32 tensor where its parameter's kernels run");
   }
   row.step = static_cast<float*>(data_of(tensor));
   used[step.ptr()] = TensorKey(tensor);
@@ -156,6 +159,21 @@ void StepPlan::finish(const py::dict& optimizer_state) {
     state_entries_.push_back({key.ptr(), found == row_of.end() ? -1 : found->second});
   }
   chunks_ = cut_into_chunks(rows_, cpu::kChunkSize);
+  for (const TensorRow& row : rows_) {
+    const auto is_its = [&](const cuda::DevicePlan& plan) { return plan.device() == row.device; };
+    if (row.device == kCpu) {
+      has_cpu_rows_ = true;
+    } else if (std::none_of(devices_.begin(), devices_.end(), is_its)) {
+      devices_.emplace_back(row.device);
+    }
+  }
+  active_.assign(rows_.size(), false);
+}
+
+std::vector<int32_t> StepPlan::devices() const {
+  std::vector<int32_t> indices;
+  for (const cuda::DevicePlan& plan : devices_) indices.push_back(plan.device());
+  return indices;
 }
 
 // Walking the dict in its order is faster than looking names up; another order is a change, too.
@@ -205,10 +223,17 @@ bool StepPlan::probe_memory() {
 
 bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_state,
                        const py::object& moved) {
+  if (!find_active(param_groups, optimizer_state, moved)) return false;
+  for (cuda::DevicePlan& plan : devices_) plan.prepare(rows_);
+  return true;
+}
+
+bool StepPlan::find_active(const py::list& param_groups, const py::dict& optimizer_state,
+                           const py::object& moved) {
   static PyObject* const kParams = interned("params");
   static PyObject* const kGrad = interned("grad");
   static PyGetSetDescrObject* const getter = gradient_getter();
-  active_.clear();
+  active_.assign(rows_.size(), false);
   gradients_.clear();
   if (*outlived_) return false;
 
@@ -234,7 +259,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
       if (entry.kind == Kind::kIdle) return false;
       if (!collect_row(entry, param, gradient.ptr())) return false;
       if (gradient) gradients_.push_back(std::move(gradient));
-      active_.push_back(entry.row);
+      active_[entry.row] = true;
     }
   }
   return position == entries_.size() && state_is_unchanged(optimizer_state);
@@ -265,36 +290,80 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
   if (!key.param.same_kind(tensor) || !key.param.same_shape(tensor)) return false;
   if (is_negated(grad, tensor)) return false;
   row.data[kGrad] = data_of(tensor);
-  row.strides[kGrad] = key.param.same_layout(tensor)
-                           ? row.strides[kParam]
-                           : ordered_strides(layout_of(tensor), key.order);
+  Strides strides = key.param.same_layout(tensor) ? row.strides[kParam]
+                                                  : ordered_strides(layout_of(tensor), key.order);
+  if (strides != row.strides[kGrad]) {
+    row.strides[kGrad] = std::move(strides);
+    for (cuda::DevicePlan& plan : devices_) {
+      if (plan.device() == row.device) plan.forget();  // it has the strides in its tables
+    }
+  }
   return true;
 }
 
-void StepPlan::launch(const std::vector<Hyperparameters>& hypers, int num_threads) {
+void StepPlan::launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
+                      const std::vector<Signals>& signals, int num_threads) {
+  for (size_t i = 0; i < devices_.size(); ++i) launch_on(devices_[i], hypers, signals.at(i));
+  if (has_cpu_rows_) launch_on_cpu(hypers, scaling, num_threads);  // while the devices work
+  gradients_.clear();
+}
+
+void StepPlan::launch_on_cpu(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
+                             int num_threads) {
   row_scalars_.assign(rows_.size(), nullptr);
   scalars_.clear();
   // Parameters of a group mostly share their step, and so their scalars.
   int32_t last_group = -1;
   int64_t last_step = 0;
-  for (int32_t i : active_) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
     const TensorRow& row = rows_[i];
+    if (!active_[i] || row.device != kCpu) continue;
     const int64_t step = static_cast<int64_t>(*row.step) + 1;
     if (row.group != last_group || step != last_step) {
-      scalars_.emplace_back(hypers[row.group], step);
+      const Hyperparameters& hyper = hypers[row.group];
+      scalars_.emplace_back(hyper, step, grad_scale(hyper, scaling.unscale, scaling.norm));
       last_group = row.group;
       last_step = step;
     }
     row_scalars_[i] = &scalars_.back();
     *row.step = static_cast<float>(step);
   }
-  {
-    py::gil_scoped_release released;
-    const auto run = rule_ == Rule::kRadam ? cpu::radam_step : cpu::lookahead_step;
-    run(rows_, chunks_, row_scalars_, num_threads);
+  py::gil_scoped_release released;
+  const auto run = rule_ == Rule::kRadam ? cpu::radam_step : cpu::lookahead_step;
+  run(rows_, chunks_, row_scalars_, num_threads);
+}
+
+void StepPlan::launch_on(cuda::DevicePlan& device, const std::vector<Hyperparameters>& hypers,
+                         const Signals& signals) {
+  cuda::Signals read;
+  read.grad_scale = scalar_of(signals.grad_scale, device.device());
+  read.found_inf = scalar_of(signals.found_inf, device.device());
+  read.norm = scalar_of(signals.norm, device.device());
+  for (const py::object& lr : signals.lr) read.lr.push_back(scalar_of(lr, device.device()));
+  void* const stream = exchange_.current_stream(device.device());
+  device.schedule(rows_, active_, hypers, read, stream);
+  if (rule_ == Rule::kRadam) {
+    device.radam(rows_, active_, stream);
+  } else {
+    device.lookahead(stream);
   }
-  active_.clear();
-  gradients_.clear();
+}
+
+cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device) const {
+  if (tensor.is_none()) return {};
+  const DLTensor described = exchange_.describe(tensor.ptr());
+  const std::optional<DType> dtype = dtype_of(described);
+  if (!dtype || described.device.device_id != device || count_elements(layout_of(described)) != 1) {
+    throw py::value_error("a step's scalar must be one float32 or float64 on the step's device");
+  }
+  return {data_of(described), *dtype == DType::kFloat64};
+}
+
+void StepPlan::swap(int num_threads) {
+  for (cuda::DevicePlan& device : devices_) device.swap(exchange_.current_stream(device.device()));
+  if (!has_cpu_rows_) return;
+  py::gil_scoped_release released;
+  cpu::swap_slow_weights(rows_, chunks_, num_threads);
 }
 
 }  // namespace ranger

@@ -7,15 +7,18 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cpu/launch.h"
+#include "cuda/launch.h"
 #include "plan.h"
 #include "tensor_exchange.h"
 
 namespace ranger {
 
-// A step is two calls: collect() reads and checks, and changes nothing; launch() cannot fail.
+// A step is two calls: collect() reads, checks and allocates, and changes nothing; launch() can
+// fail only where a device does.
 class StepPlan {
  public:
   enum class Rule { kRadam, kLookahead };
@@ -28,12 +31,13 @@ class StepPlan {
 
   // One of these for each parameter, in the order of the groups, then finish().
   //
-  // A parameter that this plan moves. `state`: its entry in the optimizer's state. `streams`: the
-  // names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where there is
-  // none; `step_name`: that of the step count, a float32 scalar on the CPU. `name`: what errors
-  // call the parameter.
-  void add_row(pybind11::object param, int32_t group, pybind11::str name, pybind11::dict state,
-               const pybind11::sequence& streams, pybind11::str step_name);
+  // A parameter that this plan moves. `backend`: whose kernels do it, "cpu" or "cuda". `state`: its
+  // entry in the optimizer's state. `streams`: the names of the state tensors that are kExpAvg,
+  // kExpAvgSq and kSlowParam, None where there is none; `step_name`: that of the step count, a
+  // float32 scalar on the kernels' device. `name`: what errors call the parameter.
+  void add_row(pybind11::object param, int32_t group, pybind11::str name,
+               const std::string& backend, pybind11::dict state, const pybind11::sequence& streams,
+               pybind11::str step_name);
   // A parameter without state: the plan holds as long as it has no gradient.
   void add_idle(pybind11::object param, int32_t group);
   // A parameter that is none of this plan's business.
@@ -45,8 +49,30 @@ class StepPlan {
   bool collect(const pybind11::list& param_groups, const pybind11::dict& optimizer_state,
                const pybind11::object& moved);
 
+  // What launch() needs: the CUDA devices among the rows', and whether any row is the CPU's.
+  std::vector<int32_t> devices() const;
+  bool has_cpu_rows() const { return has_cpu_rows_; }
+
+  // What the CPU's rows multiply their gradients by: see grad_scale().
+  struct Scaling {
+    double unscale;
+    double norm;
+  };
+  // What a device's rows read there: tensors on that device, or None.
+  struct Signals {
+    pybind11::object grad_scale;
+    pybind11::object found_inf;
+    pybind11::object norm;
+    std::vector<pybind11::object> lr;  // of each group
+  };
+
   // Counts a step for the collected rows and runs the rule on them. `hypers`: one for each group.
-  void launch(const std::vector<Hyperparameters>& hypers, int num_threads);
+  // `signals`: one for each of devices().
+  void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
+              const std::vector<Signals>& signals, int num_threads);
+
+  // Parameters and slow weights change places, those of all rows. After a collect().
+  void swap(int num_threads);
 
  private:
   enum class Kind : int8_t { kRow, kIdle, kForeign };
@@ -81,6 +107,8 @@ class StepPlan {
     int32_t row;    // -1: not one of this plan's
   };
 
+  bool find_active(const pybind11::list& param_groups, const pybind11::dict& optimizer_state,
+                   const pybind11::object& moved);
   bool collect_row(const Entry& entry, PyObject* param, PyObject* grad);
   bool bind_gradient(const Entry& entry, PyObject* grad);
   static bool same_items(const std::vector<StateItem>& items, PyObject* state);
@@ -88,6 +116,11 @@ class StepPlan {
   bool probe_memory();
   PyObject* watch(pybind11::handle object);
   Entry& add_entry(pybind11::object param, int32_t group, Kind kind);
+  void launch_on_cpu(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
+                     int num_threads);
+  void launch_on(cuda::DevicePlan& device, const std::vector<Hyperparameters>& hypers,
+                 const Signals& signals);
+  cuda::DeviceScalar scalar_of(const pybind11::object& tensor, int32_t device) const;
   void bind_state(TensorRow& row, RowKey& key, const pybind11::dict& state,
                   const pybind11::sequence& streams, const pybind11::str& step_name);
   bool describes_itself(pybind11::handle tensor, const TensorKey& key) const;
@@ -108,11 +141,13 @@ class StepPlan {
   std::vector<TensorRow> rows_;
   std::vector<RowKey> keys_;
   std::vector<StateEntry> state_entries_;
-  std::vector<Chunk> chunks_;
+  std::vector<Chunk> chunks_;  // of the CPU's rows
+  bool has_cpu_rows_ = false;
+  std::vector<cuda::DevicePlan> devices_;
   size_t probe_ = 0;
 
   // The step under way.
-  std::vector<int32_t> active_;
+  std::vector<char> active_;                 // for each row
   std::vector<pybind11::object> gradients_;  // alive until the launch is over
   std::deque<cpu::StepScalars> scalars_;
   cpu::RowScalars row_scalars_;

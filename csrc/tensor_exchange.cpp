@@ -38,6 +38,12 @@ bool TensorExchange::try_describe(PyObject* tensor, DLTensor* description) const
   return false;
 }
 
+void* TensorExchange::current_stream(int32_t device) const {
+  void* stream = nullptr;
+  if (api_->current_work_stream(kDLCUDA, device, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 std::optional<DType> dtype_of(const DLTensor& tensor) {
   if (tensor.dtype.code != kDLFloat || tensor.dtype.lanes != 1) return std::nullopt;
   if (tensor.dtype.bits == 32) return DType::kFloat32;
@@ -55,8 +61,7 @@ TensorKey::TensorKey(const DLTensor& tensor)
 
 bool TensorKey::same_kind(const DLTensor& tensor) const {
   return tensor.dtype.code == dtype_.code && tensor.dtype.bits == dtype_.bits &&
-         tensor.device.device_type == device_.device_type &&
-         tensor.device.device_id == device_.device_id;
+         same_device(tensor);
 }
 
 bool TensorKey::same_shape(const DLTensor& tensor) const {

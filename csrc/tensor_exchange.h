@@ -24,6 +24,9 @@ class TensorExchange {
   // The same without throwing: false if there is nothing to describe.
   bool try_describe(PyObject* tensor, DLTensor* description) const;
 
+  // The stream that torch works on now, on this CUDA device.
+  void* current_stream(int32_t device) const;
+
  private:
   const DLPackExchangeAPI* api_;
 };
@@ -49,6 +52,10 @@ class TensorKey {
   // Same memory, dtype, device, shape and strides.
   bool matches(const DLTensor& tensor) const {
     return data_of(tensor) == data_ && same_kind(tensor) && same_layout(tensor);
+  }
+  bool same_device(const DLTensor& tensor) const {
+    return tensor.device.device_type == device_.device_type &&
+           tensor.device.device_id == device_.device_id;
   }
   // All of that but the memory.
   bool same_kind(const DLTensor& tensor) const;

@@ -23,6 +23,7 @@ class StepPlan:
         param: Tensor,
         group: int,
         name: str,
+        backend: str,
         state: dict[str, Any],
         streams: Sequence[str | None],
         step_name: str,
@@ -36,9 +37,17 @@ class StepPlan:
         optimizer_state: dict[Tensor, Any],
         moved: list[bool] | None = None,
     ) -> bool: ...
+    def devices(self) -> list[int]: ...
+    def has_cpu_rows(self) -> bool: ...
     def launch(
-        self, hypers: Sequence[tuple[Any, ...]], grad_scales: Sequence[float], num_threads: int
+        self,
+        hypers: Sequence[tuple[Any, ...]],
+        unscale: float,
+        norm: float,
+        signals: Sequence[tuple[Any, ...]],
+        num_threads: int,
     ) -> None: ...
+    def swap(self, num_threads: int) -> None: ...
 
 def schedule(hyper: tuple[Any, ...], step: int) -> tuple[bool, float, float, bool]: ...
 def build_info() -> dict[str, Any]: ...

@@ -106,18 +106,23 @@ def restore_value(param: Tensor, name: str, value: Any) -> Any:
     return value.to(param.device, dtype)
 
 
-def step_tensor(value: Any = 0.0) -> Tensor:
-    """A step count as it is kept: a float32 scalar on the CPU, as in ``torch.optim``."""
-    if isinstance(value, Tensor):
-        value = local(value).item()
-    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+CPU = torch.device("cpu")
 
 
-def is_step_tensor(value: Any) -> bool:
-    """Whether ``value`` is a step count as it is kept."""
+def step_tensor(value: Any = 0.0, device: torch.device = CPU) -> Tensor:
+    """A step count as it is kept: a float32 scalar, on the CPU as in ``torch.optim``, or where the
+    kernels that count run."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value))
+    # A copy: a checkpoint's own must not count along.
+    return local(value.detach()).reshape(()).to(device, torch.float32, copy=True)
+
+
+def is_step_tensor(value: Any, device: torch.device = CPU) -> bool:
+    """Whether ``value`` is a step count as it is kept on ``device``."""
     return (
         isinstance(value, Tensor)
         and value.dtype == torch.float32
-        and value.device.type == "cpu"
+        and value.device == device
         and value.dim() == 0
     )

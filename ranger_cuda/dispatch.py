@@ -7,6 +7,7 @@ state; whatever is wrong raises here, before anything is changed. ``launch`` mov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from . import support
 from .backends import reference
 from .backends.reference import Row
 from .hyperparameters import Hyperparameters
+from .schedule import grad_scale
 from .tensors import check_param, check_state, local, plain, plain_grad
 
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
-NewState = Callable[[Tensor, dict[str, Any], dict[str, Any]], dict[str, Any]]
+NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
 
 
 class Member(NamedTuple):
@@ -38,6 +40,45 @@ def members(param_groups: Groups) -> Iterator[Member]:
         for j, param in enumerate(group["params"]):
             name = f"{names[j]!r}" if names else f"parameter {j} of group {i}"
             yield Member(param, i, name)
+
+
+class Scaling(NamedTuple):
+    """What the gradients of a step are scaled by, as tensors wherever they are; None: not."""
+
+    grad_scale: Tensor | None = None  # of GradScaler: the loss, and so the gradients, times this
+    found_inf: Tensor | None = None  # of GradScaler: not 0 if the step is to be skipped
+    norm: Tensor | None = None  # of all gradients, if a group clips
+
+
+NO_SCALING = Scaling()
+
+
+class Signals(NamedTuple):
+    """What the kernels of one device read there: scalars, float32 or float64; None: nothing."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    norm: Tensor | None
+    lr: list[Tensor | None]  # of each group; None: a number is known on the host
+
+    @classmethod
+    def of(
+        cls, hypers: Sequence[Hyperparameters], scaling: Scaling, device: torch.device
+    ) -> Signals:
+        """Bring what is elsewhere to ``device``; nothing waits for it."""
+
+        def there(value: Any) -> Tensor | None:
+            if not isinstance(value, Tensor):
+                return None
+            dtype = value.dtype if value.dtype == torch.float64 else torch.float32
+            return local(value.detach()).to(device, dtype, non_blocking=True)
+
+        return cls(
+            there(scaling.grad_scale),
+            there(scaling.found_inf),
+            there(scaling.norm),
+            [there(hyper.lr) for hyper in hypers],
+        )
 
 
 class Rule(NamedTuple):
@@ -87,18 +128,18 @@ class Dispatcher:
         """Find and check what moves in this step.
 
         Args:
-            new_state: ``new_state(param, group, state)`` returns what ``state`` lacks; it may
-                allocate, and must change nothing.
+            new_state: ``new_state(param, group, state, step_device)`` returns what ``state``
+                lacks, the step count on ``step_device``; it may allocate, and must change nothing.
             moved: for each parameter, in the order of the groups, whether it moves. None: those
                 that have a gradient do, and the rule reads it.
         Raises:
             RuntimeError, ValueError: a parameter, gradient or state that cannot be used. Nothing
                 has been changed then.
         """
-        if self._plan is None or not self._plan.collect(param_groups, state, moved):
+        if self._plan is None or not self._collect_native(param_groups, state, moved):
             self.reset()
             self._make_plan(param_groups, state, new_state, moved)
-            if self._plan is not None and not self._plan.collect(param_groups, state, moved):
+            if self._plan is not None and not self._collect_native(param_groups, state, moved):
                 raise RuntimeError(
                     "the parameters changed while the step was being prepared; do not change an "
                     "optimizer from another thread while it steps"
@@ -109,13 +150,64 @@ class Dispatcher:
             if (param.grad is not None if moved is None else moved[position])
         ]
 
-    def launch(self, hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]) -> None:
-        """Move what :meth:`collect` found."""
+    def _collect_native(self, *args: Any) -> bool:
+        try:
+            return self._plan.collect(*args)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # the plan's tables are not torch's allocator's
+            return self._plan.collect(*args)
+
+    def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
+        """Move what :meth:`collect` found.
+
+        What is on an accelerator is read there, by its kernels. Only where parameters are moved
+        from the host does this wait for it.
+
+        Args:
+            hypers: the hyperparameters of each group.
+        """
+        devices = [] if self._plan is None else self._plan.devices()
+        signals = [Signals.of(hypers, scaling, support.device(index)) for index in devices]
+        unscale = norm = 1.0
+        if self._rows or (self._plan is not None and self._plan.has_cpu_rows()):
+            if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
+                return
+            unscale = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
+            norm = 0.0 if scaling.norm is None else float(scaling.norm)
+            hypers = [hyper.with_lr(float(hyper.lr)) for hyper in hypers]
+        else:
+            known = [0.0 if isinstance(hyper.lr, Tensor) else hyper.lr for hyper in hypers]
+            hypers = [hyper.with_lr(lr) for hyper, lr in zip(hypers, known, strict=True)]
         if self._plan is not None:
-            self._plan.launch(hypers, grad_scales, torch.get_num_threads())
+            self._plan.launch(hypers, unscale, norm, signals, torch.get_num_threads())
         if self._rows:
-            self._rule.reference(self._rows, hypers, grad_scales)
+            scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
+            self._rule.reference(self._rows, hypers, scales)
             self._rows = []
+
+    @contextmanager
+    def swapped(self, param_groups: Groups, state: State, new_state: NewState) -> Iterator[None]:
+        """Within the context parameters and slow weights, where there are any, change places."""
+        has_slow = ["slow_param" in state.get(param, {}) for param, _, _ in members(param_groups)]
+        self.collect(param_groups, state, new_state, has_slow)
+        plan, rows, self._rows = self._plan, self._rows, []
+        # Whatever becomes of the parameters within, the memory that is swapped back is alive.
+        held = [
+            plain(tensor)
+            for (param, _, _), has in zip(members(param_groups), has_slow, strict=True)
+            if has
+            for tensor in (param, state[param]["slow_param"])
+        ]
+        threads = torch.get_num_threads()
+        if plan is not None:
+            plan.swap(threads)
+        try:
+            with reference.swapped([(row.param, row.state["slow_param"]) for row in rows]):
+                yield
+        finally:
+            if plan is not None:
+                plan.swap(threads)
+            del held
 
     def _make_plan(
         self, param_groups: Groups, state: State, new_state: NewState, moved: list[bool] | None
@@ -134,8 +226,15 @@ class Dispatcher:
             check_param(param, name)
             if moves and moved is None:
                 plain_grad(param, name)
-            chosen[param] = support.choose(self._backend, local(param), name)
-            missing[param] = new_state(param, param_groups[group], known)
+            where = local(param)
+            chosen[param] = support.choose(self._backend, where, name)
+            step_device = where.device if chosen[param] == "cuda" else torch.device("cpu")
+            missing[param] = new_state(param, param_groups[group], known, step_device)
+            if missing[param] and where.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"the state of {name} does not exist yet, and made now it would be made anew "
+                    "at every replay of the CUDA graph: take a step before the capture"
+                )
             check_state(param, {**known, **missing[param]}, self._rule.streams, name)
             if chosen[param] == "reference":
                 foreign.append((position, member))
@@ -161,7 +260,13 @@ class Dispatcher:
                 plan.add_foreign(param, group)
             else:
                 plan.add_row(
-                    param, group, name, state[param], self._rule.streams, self._rule.step_name
+                    param,
+                    group,
+                    name,
+                    chosen[param],
+                    state[param],
+                    self._rule.streams,
+                    self._rule.step_name,
                 )
                 planned.add(param)
         plan.finish(state)

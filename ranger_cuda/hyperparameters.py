@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from . import tensors
 
 WEIGHT_ROUNDINGS = ("exact", "nearest")
 STATE_DTYPES = (torch.float32,)
@@ -15,7 +18,7 @@ STATE_DTYPES = (torch.float32,)
 class Hyperparameters(NamedTuple):
     """One group's hyperparameters as plain numbers, in the order ``csrc/schedule.h`` has them."""
 
-    lr: float
+    lr: float | Tensor  # a tensor on an accelerator stays there: reading it would synchronise
     beta1: float
     beta2: float
     eps: float
@@ -23,15 +26,21 @@ class Hyperparameters(NamedTuple):
     rho_threshold: float
     alpha: float
     k: int  # 0: no Lookahead
+    max_grad_norm: float  # infinity: no clipping
     decoupled_weight_decay: bool
     maximize: bool
+
+    def with_lr(self, lr: float) -> Hyperparameters:
+        """These with another learning rate."""
+        return self._replace(lr=lr)
 
 
 def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group. Nothing is checked here; see :func:`check`."""
     beta1, beta2 = group["betas"]
+    lr, max_grad_norm = group["lr"], group["max_grad_norm"]
     return Hyperparameters(
-        _number(group["lr"]),
+        lr if tensors.on_accelerator(lr) else _number(lr),
         _number(beta1),
         _number(beta2),
         _number(group["eps"]),
@@ -39,6 +48,7 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["rho_threshold"]),
         _number(group["alpha"]) if lookahead else 1.0,
         group["k"] if lookahead else 0,
+        math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
     )
@@ -62,17 +72,18 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         TypeError: a value is not a number.
     """
     lr = group["lr"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but its shape is {tuple(lr.shape)}")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
+    check_max_grad_norm(group["max_grad_norm"])
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
         shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         raise TypeError(f"Every hyperparameter must be a number, in {shown}: {error}") from error
-    if not (hyper.lr >= 0.0 and math.isfinite(hyper.lr)):
+    if not (tensors.on_accelerator(hyper.lr) or 0.0 <= hyper.lr < math.inf):
         raise ValueError(f"Invalid learning rate: {lr}; it must be finite and at least 0")
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not 0.0 <= beta < 1.0:
@@ -91,7 +102,6 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         )
     if lookahead:
         check_lookahead(group["k"], group["alpha"])
-    check_max_grad_norm(group["max_grad_norm"])
     check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
     return hyper
 

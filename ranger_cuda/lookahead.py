@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -193,9 +194,18 @@ class Lookahead(SlowWeights, Optimizer):
                 if moves and param in first:
                     # Not before: an empty state is how optimizers know a parameter's first step.
                     self.state[param]["slow_param"] = first[param]
-        self._dispatcher.collect(self.param_groups, self.state, new_step, moved)
-        hypers = [interpolation(group) for group in self.param_groups]
-        self._dispatcher.launch(hypers, [1.0] * len(hypers))
+        self._dispatcher.collect(self.param_groups, self.state, self._new_state, moved)
+        self._dispatcher.launch([interpolation(group) for group in self.param_groups])
+
+    @staticmethod
+    def _new_state(
+        param: Tensor, group: dict[str, Any], state: dict[str, Any], step_device: torch.device
+    ) -> dict[str, Any]:
+        """The step count of a parameter, where ``state`` has none."""
+        count = state.get("lookahead_step", 0.0)
+        if is_step_tensor(count, step_device):
+            return {}
+        return {"lookahead_step": step_tensor(count, step_device)}
 
     # --- checkpoints ------------------------------------------------------------------------
 
@@ -253,12 +263,6 @@ class Lookahead(SlowWeights, Optimizer):
             done_hook(self)
 
 
-def new_step(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """The step count of a parameter, where ``state`` has none."""
-    count = state.get("lookahead_step")
-    return {} if is_step_tensor(count) else {"lookahead_step": step_tensor(count or 0.0)}
-
-
 def interpolation(group: dict[str, Any]) -> Hyperparameters:
     """A group's Lookahead, as the rule takes it; what RAdam alone reads is neutral."""
     return Hyperparameters(
@@ -270,6 +274,7 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         rho_threshold=4.0,
         alpha=group["lookahead_alpha"],
         k=group["lookahead_k"],
+        max_grad_norm=math.inf,
         decoupled_weight_decay=False,
         maximize=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import hyperparameters, rounding, support
 from .checkpoint import Shielded, is_step_tensor, restore_state, shield_state, step_tensor
-from .clipping import clip_coefficients
-from .dispatch import Dispatcher, Rule
+from .clipping import total_norm
+from .dispatch import Dispatcher, Rule, Scaling
 from .hyperparameters import STATE_DTYPES, Hyperparameters
-from .tensors import state_dtype
+from .tensors import on_accelerator, state_dtype
 
 
 class FusedOptimizer(Optimizer):
@@ -92,12 +93,16 @@ class FusedOptimizer(Optimizer):
     @torch.compiler.disable
     def _step(self) -> None:
         self._check_ready("step()")
-        if getattr(self, "found_inf", None):
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not on_accelerator(found_inf) and found_inf != 0.0:
             return
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
             self._dispatcher.collect(self.param_groups, self.state, self._new_state)
-            self._dispatcher.launch(hypers, self._grad_scales(hypers))
+            clips = any(hyper.max_grad_norm < math.inf for hyper in hypers)
+            norm = total_norm(self.param_groups) if clips else None
+            scaling = Scaling(getattr(self, "grad_scale", None), found_inf, norm)
+            self._dispatcher.launch(hypers, scaling)
         except BaseException:
             # GradScaler takes them back from a step that returns; left here, they would scale
             # the next step as well.
@@ -111,24 +116,17 @@ class FusedOptimizer(Optimizer):
     def _check_ready(self, call: str) -> None:
         """Raise if ``call`` may not be made now."""
 
-    def _grad_scales(self, hypers: list[Hyperparameters]) -> list[float]:
-        """For each group: loss unscale, times clip coefficient, times sign."""
-        grad_scale = getattr(self, "grad_scale", None)
-        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        return [
-            -unscale * clip if hyper.maximize else unscale * clip
-            for hyper, clip in zip(
-                hypers, clip_coefficients(self.param_groups, unscale), strict=True
-            )
-        ]
-
     def _new_state(
-        self, param: Tensor, group: dict[str, Any], state: dict[str, Any]
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        step_device: torch.device,
     ) -> dict[str, Any]:
         """What ``state`` lacks for a first step, or for a step after a change of dtype."""
         new: dict[str, Any] = {}
-        if not is_step_tensor(state.get("step")):
-            new["step"] = step_tensor(state.get("step", 0.0))
+        if not is_step_tensor(state.get("step"), step_device):
+            new["step"] = step_tensor(state.get("step", 0.0), step_device)
         dtype = state_dtype(param)
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:

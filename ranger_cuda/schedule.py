@@ -58,7 +58,7 @@ def ipow(base: float, exponent: int) -> float:
 
 def schedule(hyper: Hyperparameters, step: int) -> Schedule:
     """The scalars of step ``t`` (Algorithm 2 of the RAdam paper, lines 7 to 13)."""
-    t = float(step)
+    t, lr = float(step), float(hyper.lr)
     beta1_t = ipow(hyper.beta1, step)
     beta2_t = ipow(hyper.beta2, step)
     rho_inf = 2.0 / (1.0 - hyper.beta2) - 1.0
@@ -68,11 +68,26 @@ def schedule(hyper: Hyperparameters, step: int) -> Schedule:
         r_t = math.sqrt(
             (rho_t - 4.0) * (rho_t - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho_t)
         )
-        step_size = hyper.lr * r_t * math.sqrt(1.0 - beta2_t) / (1.0 - beta1_t)
+        step_size = lr * r_t * math.sqrt(1.0 - beta2_t) / (1.0 - beta1_t)
     else:
-        step_size = hyper.lr / (1.0 - beta1_t)
-    decay = 1.0 - hyper.lr * hyper.weight_decay if hyper.decoupled_weight_decay else 1.0
+        step_size = lr / (1.0 - beta1_t)
+    decay = 1.0 - lr * hyper.weight_decay if hyper.decoupled_weight_decay else 1.0
     return Schedule(rectified, step_size, decay, hyper.k > 0 and step % hyper.k == 0)
+
+
+def grad_scale(hyper: Hyperparameters, unscale: float, norm: float) -> float:
+    """What gradients are multiplied by: loss unscale, clip coefficient and sign.
+
+    Args:
+        unscale: what brings the gradients to those of the loss itself.
+        norm: of all gradients as they are. A NaN in it is not hidden, as in
+            ``torch.nn.utils.clip_grad_norm_``.
+    """
+    scale = unscale
+    if hyper.max_grad_norm < math.inf:
+        coefficient = hyper.max_grad_norm / (norm * unscale + 1e-6)
+        scale = scale if coefficient >= 1.0 else scale * coefficient
+    return -scale if hyper.maximize else scale
 
 
 def coefficients(

@@ -28,6 +28,7 @@ _FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend("cuda", ("cuda",), _FULL, "CUDA kernels, one launch for the whole model"),
         Backend("cpu", ("cpu",), _FULL, "native C++, one parallel pass over the whole model"),
         Backend(
             "reference",
@@ -40,7 +41,6 @@ BACKENDS = {
 
 # Named in the design, not in this version.
 PLANNED = {
-    "cuda": "CUDA kernels, one launch for the whole model",
     "triton": "Triton kernels, for GPUs without a CUDA toolkit at install time",
 }
 
@@ -85,7 +85,32 @@ def obstacle(name: str) -> Obstacle | None:
     if name == "reference":
         return None
     found = extension()
-    return found if isinstance(found, Obstacle) else None
+    if isinstance(found, Obstacle):
+        return found
+    return _cuda_obstacle(found) if name == "cuda" else None
+
+
+@functools.cache
+def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
+    built = extension.build_info()
+    if not built["cuda"]:
+        return Obstacle(
+            f"the extension has no CUDA kernels: {built['cuda_reason']}",
+            "install the CUDA toolkit (nvcc 12.1 or newer), then build anew with "
+            "RANGER_BACKENDS=cuda: pip install --force-reinstall --no-deps ranger_cuda "
+            "(from a clone: pip install .)",
+        )
+    if not built["cuda_device"]["devices"]:
+        return Obstacle(
+            f"no CUDA device can be used: {built['cuda_device']['error']}",
+            "look at what nvidia-smi says; a driver of R525 or newer and a visible GPU are needed",
+        )
+    return None
+
+
+def device(index: int) -> torch.device:
+    """The device that the CUDA backend calls ``index``."""
+    return torch.device("cuda", index)
 
 
 def check_backend(name: str | None) -> None:

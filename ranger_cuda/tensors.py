@@ -18,6 +18,11 @@ else:  # a torch built without it has no DTensors to tell apart
         """Never instantiated."""
 
 
+def on_accelerator(value: Any) -> bool:
+    """Whether ``value`` is a tensor that the host cannot read without waiting for a device."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor itself."""
     if not isinstance(tensor, DTensor):

@@ -2,7 +2,20 @@
 
 import os
 
+import pytest
+import torch
 from hypothesis import settings
+
+from targets import NAMES, open_target
 
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
+
+
+@pytest.fixture(params=NAMES)
+def target(request, monkeypatch):
+    """Each place where kernels run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if request.param == "cpu-1-thread" else 2)
+    yield open_target(request.param, monkeypatch)
+    torch.set_num_threads(before)

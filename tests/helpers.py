@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(tensor: Tensor) -> Tensor:
     """The memory of a tensor as integers, with every NaN the same (its payload is no promise)."""
-    tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if tensor.is_floating_point():
@@ -39,9 +39,12 @@ def assert_same(
             assert_same_bits(value, second.state[q][name], f"{when}, {name} of parameter {i}")
 
 
-def twins(tensors: Iterable[Tensor]) -> tuple[list[Parameter], list[Parameter]]:
-    """Two sets of parameters with the same values and strides, in memory of their own."""
-    pairs = [(Parameter(twin(t)), Parameter(twin(t))) for t in tensors]
+def twins(
+    tensors: Iterable[Tensor], move: Callable[[Tensor], Tensor] = lambda t: t
+) -> tuple[list[Parameter], list[Parameter]]:
+    """Two sets of parameters with the same values and strides, in memory of their own, the first
+    moved to where the test wants it."""
+    pairs = [(Parameter(move(twin(t))), Parameter(twin(t))) for t in tensors]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
@@ -52,8 +55,13 @@ def twin(tensor: Tensor) -> Tensor:
     return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def give_gradients(gradients: Iterable[Tensor | None], *sets: Sequence[Tensor]) -> None:
-    """The same gradients to each set of parameters."""
+def give_gradients(
+    gradients: Iterable[Tensor | None],
+    *sets: Sequence[Tensor],
+    move: Callable[[Tensor], Tensor] = lambda t: t,
+) -> None:
+    """The same gradients to each set of parameters; to the first moved, as in :func:`twins`."""
     for i, gradient in enumerate(gradients):
-        for params in sets:
-            params[i].grad = gradient
+        for which, params in enumerate(sets):
+            moved = gradient if gradient is None or which else move(gradient)
+            params[i].grad = moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, localcontext
 
 import pytest
@@ -23,6 +24,7 @@ def hyper(**changed):
         "rho_threshold": 4.0,
         "alpha": 0.5,
         "k": 6,
+        "max_grad_norm": math.inf,
         "decoupled_weight_decay": True,
         "maximize": False,
     }

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <type_traits>
@@ -103,41 +104,68 @@ void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars
   slow.write_back();
 }
 
+template <typename T>
+void swap_chunk(const TensorRow& row, const Chunk& chunk) {
+  const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
+  const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
+  std::swap_ranges(p.data(), p.data() + chunk.count, slow.data());
+  p.write_back();
+  slow.write_back();
+}
+
 template <typename Body>
 void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const RowScalars& scalars, int num_threads, Body body) {
+                    int64_t elements, int num_threads, Body body) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+#pragma omp parallel for schedule(static) \
+    num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
+  for (int64_t i = 0; i < count; ++i) body(rows[chunks[i].row], chunks[i]);
+}
+
+// Those of rows that move, with their scalars.
+template <typename Body>
+void for_each_active_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                           const RowScalars& scalars, int num_threads, Body body) {
   int64_t elements = 0;
   for (size_t row = 0; row < rows.size(); ++row) {
     if (scalars[row] != nullptr) elements += rows[row].numel;
   }
-  const int64_t count = static_cast<int64_t>(chunks.size());
-#pragma omp parallel for schedule(static) \
-    num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
-  for (int64_t i = 0; i < count; ++i) {
-    const Chunk& chunk = chunks[i];
-    if (scalars[chunk.row] != nullptr) body(rows[chunk.row], chunk, *scalars[chunk.row]);
-  }
+  for_each_chunk(rows, chunks, elements, num_threads,
+                 [&](const TensorRow& row, const Chunk& chunk) {
+                   const StepScalars* const now = scalars[chunk.row];
+                   if (now != nullptr) body(row, chunk, *now);
+                 });
 }
 
 }  // namespace
 
 void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
                 const RowScalars& scalars, int num_threads) {
-  for_each_chunk(rows, chunks, scalars, num_threads,
-                 [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-                   row.dtype == DType::kFloat64 ? radam_chunk<double>(row, chunk, now)
-                                                : radam_chunk<float>(row, chunk, now);
-                 });
+  for_each_active_chunk(rows, chunks, scalars, num_threads,
+                        [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+                          row.dtype == DType::kFloat64 ? radam_chunk<double>(row, chunk, now)
+                                                       : radam_chunk<float>(row, chunk, now);
+                        });
 }
 
 void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
                     const RowScalars& scalars, int num_threads) {
-  for_each_chunk(rows, chunks, scalars, num_threads,
-                 [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-                   if (!now.schedule.sync) return;
-                   row.dtype == DType::kFloat64 ? lookahead_chunk<double>(row, chunk, now)
-                                                : lookahead_chunk<float>(row, chunk, now);
-                 });
+  for_each_active_chunk(rows, chunks, scalars, num_threads,
+                        [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+                          if (!now.schedule.sync) return;
+                          row.dtype == DType::kFloat64 ? lookahead_chunk<double>(row, chunk, now)
+                                                       : lookahead_chunk<float>(row, chunk, now);
+                        });
+}
+
+void swap_slow_weights(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                       int num_threads) {
+  int64_t elements = 0;
+  for (const TensorRow& row : rows) elements += row.device == kCpu ? row.numel : 0;
+  for_each_chunk(rows, chunks, elements, num_threads, [](const TensorRow& row, const Chunk& chunk) {
+    if (row.data[kSlowParam] == nullptr) return;
+    row.dtype == DType::kFloat64 ? swap_chunk<double>(row, chunk) : swap_chunk<float>(row, chunk);
+  });
 }
 
 }  // namespace ranger::cpu

@@ -17,10 +17,10 @@ constexpr int64_t kSerialElements = 32768;
 
 // The scalars of one step of one group, shared by its parameters that are at the same step.
 struct StepScalars {
-  StepScalars(const Hyperparameters& hyper, int64_t step)
+  StepScalars(const Hyperparameters& hyper, int64_t step, double grad_scale)
       : schedule(ranger::schedule(hyper, step)),
-        f32(coefficients<float>(hyper, schedule)),
-        f64(coefficients<double>(hyper, schedule)) {}
+        f32(coefficients<float>(hyper, schedule, grad_scale)),
+        f64(coefficients<double>(hyper, schedule, grad_scale)) {}
 
   Schedule schedule;
   Coefficients<float> f32;
@@ -37,5 +37,9 @@ void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& ch
 // The Lookahead interpolation alone, of every active row whose schedule says sync.
 void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
                     const RowScalars& scalars, int num_threads);
+
+// Parameters and slow weights of every row that has them change places, bit for bit.
+void swap_slow_weights(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
+                       int num_threads);
 
 }  // namespace ranger::cpu

@@ -1,16 +1,9 @@
 #include <cuda_runtime.h>
 
 #include "device.h"
+#include "runtime.h"
 
 namespace ranger::cuda {
-namespace {
-
-std::string describe_error(const char* call, cudaError_t error) {
-  return std::string(call) + ": " + cudaGetErrorString(error) + " (error " +
-         std::to_string(static_cast<int>(error)) + ")";
-}
-
-}  // namespace
 
 DeviceReport report_devices() {
   DeviceReport report;

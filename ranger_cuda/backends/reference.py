@@ -7,7 +7,8 @@ may fuse two roundings into one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,3 +109,36 @@ def lookahead_step(
             alpha = rounded([hypers[row.group].alpha], slow.dtype)[0]
             param.copy_(lookahead(param.to(slow.dtype), slow, alpha))
         row.state["lookahead_step"].fill_(t)
+
+
+@contextmanager
+def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within the context each parameter holds its slow weight; afterwards its own bits again.
+
+    Args:
+        pairs: parameters and their slow weights, of the same shape. Where the dtypes agree, the
+            two change places, one tensor's worth of extra memory at a time; a low-precision
+            parameter is set aside and gets its slow weight rounded to nearest.
+    """
+    undo: list[tuple[Tensor, Tensor]] = []
+    try:
+        for param, slow in pairs:
+            p, s = plain(param), plain(slow)
+            aside = s if p.dtype == s.dtype else p.clone()
+            if aside is not s:
+                p.copy_(s)
+            else:
+                exchange(p, s)
+            undo.append((p, aside))
+        yield
+    finally:
+        for p, aside in reversed(undo):
+            exchange(p, aside)
+
+
+@torch.no_grad()
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Swap the values of two tensors of the same shape and dtype, in place."""
+    kept = a.clone()
+    a.copy_(b)
+    b.copy_(kept)

@@ -57,11 +57,12 @@ def backend_row(name: str) -> dict[str, str]:
 
 def try_step(backend: str) -> str:
     """Take one step and look at what it did."""
-    param = torch.nn.Parameter(torch.ones(5))
-    param.grad = torch.ones(5)
+    device = (support.BACKENDS[backend].devices or ("cpu",))[0]
+    param = torch.nn.Parameter(torch.ones(5, device=device))
+    param.grad = torch.ones_like(param)
     Ranger([param], lr=0.5, backend=backend).step()
     # The first step is not rectified: p - lr / (1 - beta1) * (1 - beta1) * g.
-    return "ok" if torch.allclose(param, torch.full((5,), 0.5), rtol=1e-6) else "failed"
+    return "ok" if torch.allclose(param, torch.full_like(param, 0.5), rtol=1e-6) else "failed"
 
 
 def openmp_runtimes() -> list[str]:

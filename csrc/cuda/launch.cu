@@ -1,0 +1,168 @@
+#include "launch.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "runtime.h"
+
+namespace ranger::cuda {
+
+struct DevicePlan::DeviceTables {
+  DeviceMemory rows, scalars, chunks, layouts;
+};
+
+namespace {
+
+template <typename Record>
+DeviceMemory on_device(const std::vector<Record>& records) {
+  if (records.empty()) return {};
+  DeviceMemory memory(records.size() * sizeof(Record));
+  memory.fill_from(records.data(), records.size() * sizeof(Record));
+  return memory;
+}
+
+// The words of a strided row's layout: see strided_offset().
+void append_layout(std::vector<int64_t>& words, const TensorRow& row) {
+  const size_t ndim = row.sizes.size();
+  words.push_back(static_cast<int64_t>(ndim));
+  words.insert(words.end(), row.sizes.begin(), row.sizes.end());
+  Strides consecutive(ndim);
+  int64_t stride = 1;
+  for (size_t dim = ndim; dim-- > 0; stride *= row.sizes[dim]) consecutive[dim] = stride;
+  for (const Strides& strides : row.strides) {
+    const Strides& of_stream = strides.empty() ? consecutive : strides;
+    words.insert(words.end(), of_stream.begin(), of_stream.end());
+  }
+}
+
+template <typename T, bool kStrided, int kTier>
+void launch_radam(const Launch& launch, const Tables& tables, const std::vector<void*>& grads,
+                  void* stream) {
+  constexpr int kCapacity = kGradTiers[kTier];
+  if constexpr (kTier + 1 < static_cast<int>(std::size(kGradTiers))) {
+    if (launch.row_count > kCapacity) {
+      launch_radam<T, kStrided, kTier + 1>(launch, tables, grads, stream);
+      return;
+    }
+  }
+  StepArgs<kCapacity> args = {tables, launch.first_row, {}};
+  std::copy_n(grads.begin() + launch.first_row, launch.row_count, args.grads);
+  cuda::launch<RadamKernel<T, kStrided, kCapacity>>(launch.chunk_count, stream, args);
+}
+
+// Calls the one of four that is for the launch's kind.
+template <class F32, class F32Strided, class F64, class F64Strided>
+void by_kind(const Launch& launch, F32 f32, F32Strided f32_strided, F64 f64,
+             F64Strided f64_strided) {
+  if (launch.dtype == DType::kFloat64) {
+    launch.strided ? f64_strided() : f64();
+  } else {
+    launch.strided ? f32_strided() : f32();
+  }
+}
+
+}  // namespace
+
+void DevicePlan::prepare(const std::vector<TensorRow>& rows) {
+  if (tables_) return;
+  const DeviceGuard guard(device_);
+  require<ScheduleKernel>();
+  Geometry geometry = make_geometry(rows, device_, grad_capacity());
+  std::vector<int64_t> layouts;
+  std::vector<int64_t> layout_of;
+  for (int32_t i : geometry.order) {
+    layout_of.push_back(is_strided(rows[i]) ? static_cast<int64_t>(layouts.size()) : -1);
+    if (is_strided(rows[i])) append_layout(layouts, rows[i]);
+  }
+  auto tables = std::make_shared<DeviceTables>();
+  tables->layouts = on_device(layouts);
+  std::vector<DeviceRow> records;
+  for (size_t at = 0; at < geometry.order.size(); ++at) {
+    const TensorRow& row = rows[geometry.order[at]];
+    DeviceRow record = {};
+    std::copy(row.data.begin(), row.data.end(), record.data);
+    record.data[kGrad] = nullptr;
+    record.numel = row.numel;
+    record.step = row.step;
+    if (layout_of[at] >= 0) {
+      record.layout = static_cast<const int64_t*>(tables->layouts.get()) + layout_of[at];
+    }
+    record.group = row.group;
+    record.is_float64 = row.dtype == DType::kFloat64;
+    records.push_back(record);
+  }
+  tables->rows = on_device(records);
+  tables->scalars = on_device(std::vector<RowScalars>(records.size()));
+  tables->chunks = on_device(geometry.chunks);
+  geometry.chunks = {};  // the device has them now
+  geometry_ = std::move(geometry);
+  tables_ = std::move(tables);
+}
+
+Tables DevicePlan::tables(int64_t first_chunk) const {
+  return {static_cast<const DeviceRow*>(tables_->rows.get()),
+          static_cast<RowScalars*>(tables_->scalars.get()),
+          static_cast<const ChunkRef*>(tables_->chunks.get()) + first_chunk};
+}
+
+void DevicePlan::schedule(const std::vector<TensorRow>& rows, const std::vector<char>& active,
+                          const std::vector<Hyperparameters>& hypers, const Signals& signals,
+                          void* stream) {
+  const DeviceGuard guard(device_);
+  keep_while_captured(stream, tables_);
+  for (const ScheduleLaunch& launch : geometry_.schedules) {
+    ScheduleArgs args = {};
+    args.tables = tables(0);
+    args.first_row = launch.first_row;
+    args.row_count = launch.row_count;
+    args.first_group = launch.first_group;
+    args.grad_scale = signals.grad_scale;
+    args.found_inf = signals.found_inf;
+    args.norm = signals.norm;
+    for (int32_t i = 0; i < launch.row_count; ++i) {
+      const int32_t row = geometry_.order[launch.first_row + i];
+      const int32_t group = rows[row].group;
+      args.groups[group - launch.first_group] = {hypers[group], signals.lr[group]};
+      if (active[row]) args.active[i / 32] |= 1u << (i % 32);
+    }
+    cuda::launch<ScheduleKernel>((launch.row_count + kThreads - 1) / kThreads, stream, args);
+  }
+}
+
+void DevicePlan::radam(const std::vector<TensorRow>& rows, const std::vector<char>& active,
+                       void* stream) {
+  const DeviceGuard guard(device_);
+  std::vector<void*> grads;
+  for (int32_t i : geometry_.order) grads.push_back(active[i] ? rows[i].data[kGrad] : nullptr);
+  for (const Launch& launch : geometry_.steps) {
+    const Tables at = tables(launch.first_chunk);
+    by_kind(
+        launch, [&] { launch_radam<float, false, 0>(launch, at, grads, stream); },
+        [&] { launch_radam<float, true, 0>(launch, at, grads, stream); },
+        [&] { launch_radam<double, false, 0>(launch, at, grads, stream); },
+        [&] { launch_radam<double, true, 0>(launch, at, grads, stream); });
+  }
+}
+
+template <class Rule>
+void DevicePlan::pass(void* stream) {
+  const DeviceGuard guard(device_);
+  for (const Launch& launch : geometry_.passes) {
+    const PassArgs args = {tables(launch.first_chunk)};
+    const int64_t blocks = launch.chunk_count;
+    by_kind(
+        launch, [&] { cuda::launch<SlowKernel<float, false, Rule>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<float, true, Rule>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<double, false, Rule>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<double, true, Rule>>(blocks, stream, args); });
+  }
+}
+
+void DevicePlan::lookahead(void* stream) { pass<Interpolation>(stream); }
+
+void DevicePlan::swap(void* stream) {
+  keep_while_captured(stream, tables_);
+  pass<Swap>(stream);
+}
+
+}  // namespace ranger::cuda

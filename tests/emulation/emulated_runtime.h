@@ -1,0 +1,102 @@
+// Stands in for csrc/cuda/runtime.h where there is no GPU: the memory is the host's, and a launch
+// runs every thread of every block, each CUDA thread as a host thread of its own. Sanitizers then
+// see what the kernels do: an index too far (address, undefined), a missing barrier (thread).
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "cuda/error.h"
+#include "cuda/tables.h"
+
+namespace ranger::cuda {
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  explicit DeviceMemory(size_t size) : memory_(static_cast<char*>(std::malloc(size)), &std::free) {
+    std::memset(memory_.get(), 0xff, size);  // nothing may count on zeros
+  }
+  void* get() const { return memory_.get(); }
+  void fill_from(const void* host, size_t size) const { std::memcpy(memory_.get(), host, size); }
+
+ private:
+  std::unique_ptr<char, void (*)(void*)> memory_{nullptr, &std::free};
+};
+
+inline void keep_while_captured(void*, const std::shared_ptr<const void>&) {}
+// RANGER_CUDA_CAPACITY: a launch may take fewer gradients than a real one, so that a few make many.
+#if !defined(RANGER_CUDA_CAPACITY)
+#define RANGER_CUDA_CAPACITY kGradTiers[1]
+#endif
+inline int32_t grad_capacity() { return RANGER_CUDA_CAPACITY; }
+
+class Barrier {
+ public:
+  explicit Barrier(int count) : count_(count) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const uint64_t round = round_;
+    if (++waiting_ == count_) {
+      waiting_ = 0;
+      ++round_;
+      all_.notify_all();
+    } else {
+      all_.wait(lock, [&] { return round_ != round; });
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable all_;
+  int count_;
+  int waiting_ = 0;
+  uint64_t round_ = 0;
+};
+
+class EmulatedThread {
+ public:
+  EmulatedThread(int index, int64_t block, Barrier& barrier)
+      : index_(index), block_(block), barrier_(barrier) {}
+  int index() const { return index_; }
+  int64_t block() const { return block_; }
+  void barrier() const { barrier_.wait(); }
+
+ private:
+  int index_;
+  int64_t block_;
+  Barrier& barrier_;
+};
+
+template <class Kernel>
+void require() {}
+
+template <class Kernel>
+void launch(int64_t blocks, void*, const typename Kernel::Args& args) {
+  if (blocks < 1 || blocks > INT32_MAX) throw Error("cudaLaunchKernel: invalid configuration");
+  Barrier barrier(kThreads);
+  // Each block has shared memory of its own, with rubbish in it, as on a GPU.
+  std::vector<typename Kernel::Shared> shared(blocks);
+  std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(shared[0]));
+  std::vector<std::thread> threads;
+  for (int index = 0; index < kThreads; ++index) {
+    threads.emplace_back([&, index] {
+      for (int64_t block = 0; block < blocks; ++block) {
+        Kernel::run(EmulatedThread(index, block, barrier), args, shared[block]);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace ranger::cuda

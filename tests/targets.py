@@ -1,0 +1,86 @@
+"""Where kernels run: each compiled backend on the devices there are, and the CUDA kernels emulated
+on the CPU, so that every machine runs their source."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from ranger_cuda import support
+
+ROOT = Path(__file__).parent.parent
+
+
+class Target(NamedTuple):
+    """A backend and the device of its parameters."""
+
+    backend: str
+    device: torch.device
+    small: bool = False  # too slow for large tensors; small ones have many chunks there
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the device: the same strides, gaps and lazy negation or conjugation."""
+        if self.device.type == "cpu":
+            return tensor
+        negative, conjugate = tensor.is_neg(), tensor.is_conj()
+        if conjugate:
+            tensor = tensor.conj()
+        if negative:
+            tensor = tensor._neg_view()
+        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        moved = storage.to(self.device).as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
+        if negative:
+            moved = moved._neg_view()
+        return moved.conj() if conjugate else moved
+
+
+NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda")
+
+
+@functools.cache
+def emulated_extension(*options: str) -> ModuleType:
+    """The extension with its CUDA backend compiled for the CPU."""
+    folder = Path(tempfile.mkdtemp(prefix="ranger_emulation_"))
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON", *options]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (binary,) = folder.glob("_C*.so")
+    return load(binary)
+
+
+def load(binary: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("emulated._C", binary)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
+    """The target of this name; skips the test where there is no such device."""
+    if name.startswith("cpu"):
+        return Target("cpu", torch.device("cpu"))
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return Target("cuda", torch.device("cuda"))
+    built = os.environ.get("RANGER_EMULATED_EXTENSION")
+    module = load(Path(built)) if built else emulated_extension()
+    cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))
+    patch.setitem(support.BACKENDS, "cuda", cuda)
+    patch.setattr(support, "extension", lambda: module)
+    patch.setattr(support, "device", lambda index: torch.device("cpu"))
+    return Target("cuda", torch.device("cpu"), small=True)
