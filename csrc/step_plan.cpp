@@ -1,6 +1,8 @@
 #include "step_plan.h"
 
 #include <algorithm>
+#include <cmath>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -9,6 +11,9 @@ namespace py = pybind11;
 
 namespace ranger {
 namespace {
+
+// float32 counts no further; a step after these counts none (design.md).
+constexpr float kMostSteps = 16777216.0f;
 
 // Borrowed names, made once and never freed.
 PyObject* interned(const char* name) {
@@ -32,12 +37,20 @@ PyGetSetDescrObject* gradient_getter() {
 }
 
 // Whether a tensor stands for the negative of its memory, which DLPack does not tell. Such a tensor
-// is the imaginary part of a complex one, so it starts at an odd multiple of the item size; any
-// other need not be asked.
+// is the imaginary part of a complex one: its elements do not lie side by side, and a single one
+// starts at an odd multiple of the item size. Any other need not be asked.
 bool is_negated(PyObject* tensor, const DLTensor& described) {
   static PyObject* const name = interned("is_neg");
   const uintptr_t item = described.dtype.bits / 8;
-  if (reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) != item) return false;
+  bool apart = false;
+  bool side_by_side = false;
+  for (int32_t dim = 0; dim < described.ndim; ++dim) {
+    if (described.shape[dim] == 1) continue;
+    apart = true;
+    side_by_side = side_by_side || described.strides[dim] <= 1;
+  }
+  const bool odd = reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
+  if (!odd && (side_by_side || !apart)) return false;
   return steal(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
 }
 
@@ -49,13 +62,31 @@ void set_stream(TensorRow& row, Stream stream, const DLTensor& tensor,
 
 }  // namespace
 
+// For the length of a call, in which other threads may run: they find the plan busy, and what they
+// take from the optimizer's state stays alive.
+struct StepPlan::Busy {
+  explicit Busy(StepPlan& plan) : plan(plan), memory(plan.life_->memory) {
+    if (plan.busy_) {
+      throw std::runtime_error("another thread is stepping this optimizer; let one step at a time");
+    }
+    plan.busy_ = true;
+  }
+  ~Busy() { plan.busy_ = false; }
+
+  StepPlan& plan;
+  std::shared_ptr<std::vector<py::object>> memory;
+};
+
 StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
                    py::object plain_grad)
     : rule_(rule),
       exchange_(exchange_api),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)),
-      on_death_([outlived = outlived_](py::handle) { *outlived = true; }) {}
+      on_death_([life = life_](py::handle) {
+        life->outlived = true;
+        life->memory.reset();
+      }) {}
 
 PyObject* StepPlan::watch(py::handle object) {
   watches_.emplace_back(object, on_death_);
@@ -118,6 +149,7 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
                             " differs from its parameter in dtype, device or shape");
     }
     set_stream(row, kStateStreams[i], tensor, key.order);
+    life_->memory->push_back(part);
     used[whole.ptr()] = TensorKey(tensor);
   }
   const py::object step = state[step_name];
@@ -129,6 +161,7 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
                           " must be a float32 tensor where its parameter's kernels run");
   }
   row.step = static_cast<float*>(data_of(tensor));
+  life_->memory->push_back(step.attr("detach")());
   used[step.ptr()] = TensorKey(tensor);
 
   for (const auto& [name, value] : state) {
@@ -207,22 +240,34 @@ bool StepPlan::state_is_unchanged(const py::dict& optimizer_state) {
 
 // The same tensor objects may have been given other memory (`tensor.data = ...`, as scripts do that
 // move a whole state to another device). Describing each would double the cost of a step, so this
-// takes one row after the other: it sees at once what was done to all.
+// takes some rows after the other: it sees at once what was done to all.
 bool StepPlan::probe_memory() {
-  if (rows_.empty()) return true;
-  probe_ = (probe_ + 1) % keys_.size();
-  for (const StateItem& item : keys_[probe_].state) {
-    DLTensor tensor;
-    if (item.is_plain &&
-        !(exchange_.try_describe(item.tensor, &tensor) && item.memory.matches(tensor))) {
-      return false;
+  constexpr size_t kProbes = 32;
+  for (size_t i = 0; i < std::min(kProbes, keys_.size()); ++i) {
+    probe_ = (probe_ + 1) % keys_.size();
+    bool asked_python = false;
+    for (const StateItem& item : keys_[probe_].state) {
+      if (item.tensor == nullptr) continue;
+      if (!is_unmoved(item)) return false;
+      asked_python = asked_python || !item.is_plain;
     }
+    if (asked_python) break;  // that took as long as all the others
   }
   return true;
 }
 
+bool StepPlan::is_unmoved(const StateItem& item) const {
+  DLTensor tensor;
+  if (item.is_plain) {
+    return exchange_.try_describe(item.tensor, &tensor) && item.memory.matches(tensor);
+  }
+  const py::object part = plain_(py::handle(item.tensor));
+  return exchange_.try_describe(part.ptr(), &tensor) && item.memory.matches(tensor);
+}
+
 bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_state,
                        const py::object& moved) {
+  const Busy busy(*this);
   if (!find_active(param_groups, optimizer_state, moved)) return false;
   for (cuda::DevicePlan& plan : devices_) plan.prepare(rows_);
   return true;
@@ -235,7 +280,7 @@ bool StepPlan::find_active(const py::list& param_groups, const py::dict& optimiz
   static PyGetSetDescrObject* const getter = gradient_getter();
   active_.assign(rows_.size(), false);
   gradients_.clear();
-  if (*outlived_) return false;
+  if (life_->outlived) return false;
 
   size_t position = 0;
   for (Py_ssize_t group = 0; group < PyList_GET_SIZE(param_groups.ptr()); ++group) {
@@ -258,6 +303,7 @@ bool StepPlan::find_active(const py::list& param_groups, const py::dict& optimiz
       }
       if (entry.kind == Kind::kIdle) return false;
       if (!collect_row(entry, param, gradient.ptr())) return false;
+      check_count(entry);
       if (gradient) gradients_.push_back(std::move(gradient));
       active_[entry.row] = true;
     }
@@ -282,6 +328,17 @@ bool StepPlan::collect_row(const Entry& entry, PyObject* param, PyObject* grad) 
   return bound;
 }
 
+// Only on the CPU: nobody waits for a device to look at a count there.
+void StepPlan::check_count(const Entry& entry) const {
+  const TensorRow& row = rows_[entry.row];
+  if (row.device != kCpu) return;
+  const float count = *row.step;
+  if (!(count >= 0 && count <= kMostSteps && count == std::floor(count))) {
+    throw std::runtime_error("the step count of " + std::string(entry.name) + " is " +
+                             std::to_string(count) + "; it is a whole number, at least 0");
+  }
+}
+
 bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
   const RowKey& key = keys_[entry.row];
   TensorRow& row = rows_[entry.row];
@@ -303,6 +360,7 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
 
 void StepPlan::launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
                       const std::vector<Signals>& signals, int num_threads) {
+  const Busy busy(*this);
   for (size_t i = 0; i < devices_.size(); ++i) launch_on(devices_[i], hypers, signals.at(i));
   if (has_cpu_rows_) launch_on_cpu(hypers, scaling, num_threads);  // while the devices work
   gradients_.clear();
@@ -360,6 +418,7 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
 }
 
 void StepPlan::swap(int num_threads) {
+  const Busy busy(*this);
   for (cuda::DevicePlan& device : devices_) device.swap(exchange_.current_stream(device.device()));
   if (!has_cpu_rows_) return;
   py::gil_scoped_release released;

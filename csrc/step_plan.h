@@ -75,6 +75,8 @@ class StepPlan {
   void swap(int num_threads);
 
  private:
+  struct Busy;
+
   enum class Kind : int8_t { kRow, kIdle, kForeign };
 
   struct Entry {
@@ -114,6 +116,8 @@ class StepPlan {
   static bool same_items(const std::vector<StateItem>& items, PyObject* state);
   bool state_is_unchanged(const pybind11::dict& optimizer_state);
   bool probe_memory();
+  bool is_unmoved(const StateItem& item) const;
+  void check_count(const Entry& entry) const;
   PyObject* watch(pybind11::handle object);
   Entry& add_entry(pybind11::object param, int32_t group, Kind kind);
   void launch_on_cpu(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
@@ -130,10 +134,16 @@ class StepPlan {
   pybind11::object plain_;
   pybind11::object plain_grad_;
 
-  // Weak references to every watched object: the plan keeps nothing alive. One that goes takes the
-  // plan with it, so an address that is used again is never trusted, and a step compares addresses
-  // without following one.
-  std::shared_ptr<bool> outlived_ = std::make_shared<bool>(false);
+  // Weak references to every watched object. One that goes takes the plan with it, so an address
+  // that is used again is never trusted, and a step compares addresses without following one. Only
+  // the state's memory is held, since it is not looked at every step, and only as long as its tensors
+  // are there and no launch is under way.
+  struct Life {
+    bool outlived = false;
+    std::shared_ptr<std::vector<pybind11::object>> memory =
+        std::make_shared<std::vector<pybind11::object>>();
+  };
+  std::shared_ptr<Life> life_ = std::make_shared<Life>();
   pybind11::cpp_function on_death_;
   std::vector<pybind11::weakref> watches_;
 
@@ -145,6 +155,7 @@ class StepPlan {
   bool has_cpu_rows_ = false;
   std::vector<cuda::DevicePlan> devices_;
   size_t probe_ = 0;
+  bool busy_ = false;
 
   // The step under way.
   std::vector<char> active_;                 // for each row

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import hyperparameters
-from .tensors import local, state_dtype
+from .tensors import is_count, local, state_dtype
 
 # State of the parameter's shape: its precision is the parameter's, or its own.
 MOMENTS = ("exp_avg", "exp_avg_sq", "slow_param")
@@ -82,13 +82,6 @@ def check_values(state: dict[str, Any], param: Tensor, key: Any) -> None:
                     f"loaded state dict: {name!r} of parameter {key} has shape {shape}, but the "
                     f"parameter has shape {tuple(param.shape)}"
                 )
-
-
-def is_count(value: Any) -> bool:
-    """Whether ``value`` can be a number of steps: of any type that ``torch.optim`` ever had."""
-    if isinstance(value, Tensor):
-        value = local(value).item() if value.numel() == 1 and not value.is_complex() else None
-    return isinstance(value, (int, float)) and value >= 0 and float(value).is_integer()
 
 
 def restore_state(param: Tensor, saved: Shielded) -> dict[str, Any]:

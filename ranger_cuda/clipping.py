@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from .rounding import LOW_PRECISION
 from .tensors import DTensor
 
 
@@ -26,8 +27,10 @@ def total_norm(param_groups: list[dict[str, Any]]) -> Tensor:
     for group in param_groups:
         for param in group["params"]:
             if param.grad is not None:
-                mesh = param.grad.device_mesh if isinstance(param.grad, DTensor) else None
-                by_mesh[mesh].append(param.grad.detach())
+                grad = param.grad.detach()
+                if grad.dtype in LOW_PRECISION:  # whose norm may be infinite though they are not
+                    grad = torch.linalg.vector_norm(grad, dtype=torch.float32)
+                by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
     norms = [get_total_norm(same_mesh) for same_mesh in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     if len(norms) == 1:

@@ -6,6 +6,7 @@ state; whatever is wrong raises here, before anything is changed. ``launch`` mov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,7 +19,16 @@ from .backends import reference
 from .backends.reference import Row
 from .hyperparameters import Hyperparameters
 from .schedule import grad_scale
-from .tensors import check_param, check_state, local, plain, plain_grad
+from .tensors import (
+    check_param,
+    check_state,
+    is_count,
+    local,
+    on_accelerator,
+    overlapping,
+    plain,
+    plain_grad,
+)
 
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
@@ -97,6 +107,56 @@ LOOKAHEAD = Rule(
 )
 
 
+def _movers(moved: list[bool] | None) -> Callable[[int, Tensor], bool]:
+    """Whether the parameter at a position moves; see :meth:`Dispatcher.collect`."""
+    if moved is None:
+        return lambda position, param: param.grad is not None
+    return lambda position, param: moved[position]
+
+
+class _Completion:
+    """Checks parameters one by one, and gives them the state they lack once all are right."""
+
+    def __init__(self, rule: Rule, param_groups: Groups, state: State, new_state: NewState) -> None:
+        self._rule = rule
+        self._groups = param_groups
+        self._state = state
+        self._new_state = new_state
+        self._missing: dict[Tensor, dict[str, Any]] = {}
+
+    def add(self, member: Member, backend: str, *, reads_grad: bool) -> None:
+        """Check a parameter that ``backend`` moves, and its gradient if that is read."""
+        param, group, name = member
+        check_param(param, name)
+        if reads_grad:
+            plain_grad(param, name)
+        where = local(param)
+        step_device = where.device if backend == "cuda" else torch.device("cpu")
+        known = self._state.get(param, {})
+        with torch.inference_mode(False):  # state made in it could not be written outside
+            missing = self._new_state(param, self._groups[group], known, step_device)
+        if missing and where.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the state of {name} does not exist yet, and made now it would be made anew at "
+                "every replay of the CUDA graph: take a step before the capture"
+            )
+        whole = {**known, **missing}
+        check_state(param, whole, self._rule.streams, name)
+        count = whole[self._rule.step_name]
+        if not on_accelerator(count) and not is_count(count):
+            raise RuntimeError(
+                f"state {self._rule.step_name!r} of {name} is {count}, but it counts steps: a "
+                "whole number, at least 0"
+            )
+        if missing:
+            self._missing[param] = missing
+
+    def commit(self) -> None:
+        """Nothing was wrong."""
+        for param, missing in self._missing.items():
+            self._state.setdefault(param, {}).update(missing)
+
+
 class Dispatcher:
     """Holds the native plan of one optimizer and notices when it no longer fits.
 
@@ -136,9 +196,17 @@ class Dispatcher:
             RuntimeError, ValueError: a parameter, gradient or state that cannot be used. Nothing
                 has been changed then.
         """
-        if self._plan is None or not self._collect_native(param_groups, state, moved):
+        self._rows = []
+        moves = _movers(moved)
+        complete = _Completion(self._rule, param_groups, state, new_state)
+        if self._plan is not None and self._collect_native(param_groups, state, moved):
+            for position, member in self._foreign:
+                if moves(position, member.param):
+                    complete.add(member, "reference", reads_grad=moved is None)
+            complete.commit()
+        else:
             self.reset()
-            self._make_plan(param_groups, state, new_state, moved)
+            self._make_plan(param_groups, state, complete, moved)
             if self._plan is not None and not self._collect_native(param_groups, state, moved):
                 raise RuntimeError(
                     "the parameters changed while the step was being prepared; do not change an "
@@ -147,7 +215,7 @@ class Dispatcher:
         self._rows = [
             Row(param, plain_grad(param, name) if moved is None else None, state[param], group)
             for position, (param, group, name) in self._foreign
-            if (param.grad is not None if moved is None else moved[position])
+            if moves(position, param)
         ]
 
     def _collect_native(self, *args: Any) -> bool:
@@ -172,7 +240,8 @@ class Dispatcher:
         if self._rows or (self._plan is not None and self._plan.has_cpu_rows()):
             if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
                 return
-            unscale = 1.0 if scaling.grad_scale is None else 1.0 / float(scaling.grad_scale)
+            scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+            unscale = 1.0 / scale if scale else math.inf  # as on a device
             norm = 0.0 if scaling.norm is None else float(scaling.norm)
             hypers = [hyper.with_lr(float(hyper.lr)) for hyper in hypers]
         else:
@@ -193,10 +262,9 @@ class Dispatcher:
         plan, rows, self._rows = self._plan, self._rows, []
         # Whatever becomes of the parameters within, the memory that is swapped back is alive.
         held = [
-            plain(tensor)
+            (param, plain(param), plain(state[param]["slow_param"]))
             for (param, _, _), has in zip(members(param_groups), has_slow, strict=True)
             if has
-            for tensor in (param, state[param]["slow_param"])
         ]
         threads = torch.get_num_threads()
         if plan is not None:
@@ -207,42 +275,45 @@ class Dispatcher:
         finally:
             if plan is not None:
                 plan.swap(threads)
-            del held
+            for param, before, _ in held:
+                now = plain(param)
+                if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
+                    with torch.no_grad():
+                        now.copy_(before)  # it was moved or converted within
 
     def _make_plan(
-        self, param_groups: Groups, state: State, new_state: NewState, moved: list[bool] | None
+        self,
+        param_groups: Groups,
+        state: State,
+        complete: _Completion,
+        moved: list[bool] | None,
     ) -> None:
         found = list(members(param_groups))
-        chosen: dict[Tensor, str] = {}
-        missing: dict[Tensor, dict[str, Any]] = {}
-        foreign: list[tuple[int, Member]] = []
+        moves = _movers(moved)
+        # In parallel, parameters that share memory would race for it.
+        in_turn = overlapping([param for param, _, _ in found])
+        backends: dict[Tensor, str] = {}
         for position, member in enumerate(found):
-            param, group, name = member
-            known = state.get(param, {})
-            moves = param.grad is not None if moved is None else moved[position]
+            param = member.param
+            rests = not moves(position, param)
             # A parameter that a group names twice moves once.
-            if param in chosen or not (moves or self._rule.step_name in known):
+            if param in backends or (rests and self._rule.step_name not in state.get(param, {})):
                 continue
-            check_param(param, name)
-            if moves and moved is None:
-                plain_grad(param, name)
-            where = local(param)
-            chosen[param] = support.choose(self._backend, where, name)
-            step_device = where.device if chosen[param] == "cuda" else torch.device("cpu")
-            missing[param] = new_state(param, param_groups[group], known, step_device)
-            if missing[param] and where.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"the state of {name} does not exist yet, and made now it would be made anew "
-                    "at every replay of the CUDA graph: take a step before the capture"
-                )
-            check_state(param, {**known, **missing[param]}, self._rule.streams, name)
-            if chosen[param] == "reference":
-                foreign.append((position, member))
-        for param, new in missing.items():
-            state.setdefault(param, {}).update(new)
-        self._foreign = foreign
-        if len(foreign) < len(chosen):
-            self._plan = self._native_plan(found, state, chosen)
+            try:
+                backend = support.choose(self._backend, local(param), member.name)
+                backend = "reference" if param in in_turn else backend
+                if backend != "reference" or not rests:
+                    complete.add(member, backend, reads_grad=moved is None and not rests)
+            except (RuntimeError, ValueError):
+                if not rests:
+                    raise
+                continue  # what is wrong with it is said once it moves
+            backends[param] = backend
+            if backend == "reference":
+                self._foreign.append((position, member))
+        complete.commit()
+        if len(self._foreign) < len(backends):
+            self._plan = self._native_plan(found, state, backends)
 
     def _native_plan(self, found: list[Member], state: State, chosen: dict[Tensor, str]) -> Any:
         extension: Any = support.extension()

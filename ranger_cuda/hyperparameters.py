@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["weight_decay"]),
         _number(group["rho_threshold"]),
         _number(group["alpha"]) if lookahead else 1.0,
-        group["k"] if lookahead else 0,
+        operator.index(group["k"]) if lookahead else 0,
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
@@ -58,6 +59,13 @@ def _number(value: Any) -> float:
     if isinstance(value, str):
         raise TypeError(f"{value!r} is a string")
     return float(value)
+
+
+def _is_within(value: Any, least: float, most: float) -> bool:
+    try:
+        return not isinstance(value, bool) and least <= _number(value) <= most
+    except (TypeError, ValueError):
+        return False
 
 
 def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
@@ -78,6 +86,10 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
     check_max_grad_norm(group["max_grad_norm"])
+    for name in ("decoupled_weight_decay", "maximize"):
+        check_choice(name, group[name], (True, False))
+    if lookahead:
+        check_lookahead(group["k"], group["alpha"])
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
@@ -100,8 +112,6 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
             f"Invalid rho_threshold value: {group['rho_threshold']}; it must be at least 4, "
             "where the rectification term becomes real (the paper's value; torch uses 5)"
         )
-    if lookahead:
-        check_lookahead(group["k"], group["alpha"])
     check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
     return hyper
 
@@ -118,11 +128,15 @@ def check_eps(eps: float) -> None:
 
 def check_lookahead(k: Any, alpha: Any) -> None:
     """Raise unless ``k`` and ``alpha`` are a Lookahead period and interpolation factor."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    try:
+        period = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        period = 0
+    if period < 1:
         raise ValueError(
             f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1"
         )
-    if not isinstance(alpha, (int, float)) or not 0.0 <= alpha <= 1.0:
+    if not _is_within(alpha, 0.0, 1.0):
         raise ValueError(
             f"Invalid alpha value: {alpha!r}; the Lookahead interpolation factor is in [0, 1]"
         )
@@ -130,9 +144,8 @@ def check_lookahead(k: Any, alpha: Any) -> None:
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:
     """Raise unless ``max_grad_norm`` is a norm to clip to, or None."""
-    if max_grad_norm is not None and not (
-        isinstance(max_grad_norm, (int, float)) and max_grad_norm > 0.0
-    ):
+    least = math.ulp(0.0)
+    if max_grad_norm is not None and not _is_within(max_grad_norm, least, math.inf):
         raise ValueError(
             f"Invalid max_grad_norm value: {max_grad_norm!r}; it must be above 0, or None for no "
             "clipping"

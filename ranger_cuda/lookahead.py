@@ -171,17 +171,21 @@ class Lookahead(SlowWeights, Optimizer):
         """The slow weights of parameters that may move now and have none."""
         self._check_ready("step()")
         self._complete_groups()
+        params = self._params()
+        may_move = [any_may_move or param.grad is not None for param in params]
+        has_slow = ["slow_param" in self.state.get(param, {}) for param in params]
+        # What does not fit raises here, before the inner optimizer changes anything.
+        ready = [moves and has for moves, has in zip(may_move, has_slow, strict=True)]
+        self._dispatcher.collect(self.param_groups, self.state, self._new_state, ready)
         lacking = {
             param
-            for param in self._params()
-            if (any_may_move or param.grad is not None)
-            and "slow_param" not in self.state.get(param, {})
+            for param, moves, has in zip(params, may_move, has_slow, strict=True)
+            if moves and not has
         }
         if not lacking:
             return {}
         for param, _, name in members(self.param_groups):
             if param in lacking:
-                # What cannot be served raises here, before the inner optimizer changes anything.
                 check_param(param, name)
                 support.choose(self._options["backend"], local(param), name)
         return {param: new_slow_param(param) for param in lacking}

@@ -121,6 +121,41 @@ def is_expanded(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and any(n > 1 and not stride for n, stride in strides)
 
 
+def overlapping(tensors: Iterable[Tensor]) -> set[Tensor]:
+    """Those of ``tensors`` whose spans of memory overlap that of another of them."""
+    spans = []
+    for tensor in dict.fromkeys(tensors):
+        where = local(tensor.detach())
+        # Without memory: not materialized, or given back for a while (data_ptr() is 0 then).
+        if where.layout != torch.strided or not where.numel() or where.device.type == "meta":
+            continue
+        begin = where.data_ptr()
+        reach = 1 + sum(
+            (n - 1) * stride for n, stride in zip(where.shape, where.stride(), strict=True)
+        )
+        if begin:
+            end = begin + reach * where.element_size()
+            spans.append((str(where.device), begin, end, tensor))
+    spans.sort(key=lambda span: span[:3])
+    found: set[Tensor] = set()
+    furthest = None
+    for span in spans:
+        device, begin, end, tensor = span
+        if furthest is not None and furthest[0] == device and begin < furthest[2]:
+            found.update((furthest[3], tensor))
+        if furthest is None or furthest[0] != device or end > furthest[2]:
+            furthest = span
+    return found
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` can be a number of steps: of any type that ``torch.optim`` ever had."""
+    if isinstance(value, Tensor):
+        value = local(value).item() if value.numel() == 1 and not value.is_complex() else None
+    # float32 counts no further than 2^24; a step after these counts none.
+    return isinstance(value, (int, float)) and 0 <= value <= 2**24 and float(value).is_integer()
+
+
 def check_state(
     param: Tensor, state: dict[str, Any], keys: Iterable[str | None], name: str
 ) -> None:

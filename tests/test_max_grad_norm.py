@@ -101,3 +101,15 @@ def test_parameters_without_a_gradient_do_not_count(cls):
         other.step()
         assert bytes_of(param) == bytes_of(alone)
     assert idle not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_low_precision_gradients_is_float32_s(dtype):
+    (param,) = random_params((1000,), dtype=dtype)
+    optimizer = RAdam([param], max_grad_norm=1.0)
+    param.grad = torch.full((1000,), 3276.0, dtype=dtype)  # finite; their float16 norm is not
+    optimizer.step()
+    expected = 0.1 * 3276.0 / (3276.0**2 * 1000) ** 0.5
+    assert torch.allclose(
+        optimizer.state[param]["exp_avg"], torch.full((1000,), expected), rtol=1e-2
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +188,71 @@ def test_a_parameter_named_twice_in_a_group_moves_once():
         twice.step()
         once.step()
         assert_same(twice, once, [a], [b], "twice")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_memory_swapped_under_one_state_tensor_is_never_written_after_it_is_freed(dtype):
+    """In a process of its own, which would die of it; and the new memory is soon found."""
+    program = (
+        "import torch\n"
+        "from ranger_cuda import Ranger\n"
+        f"ps = [torch.nn.Parameter(torch.randn(40, 30, dtype={dtype})) for _ in range(100)]\n"
+        "optimizer = Ranger(ps, lr=0.1, k=2)\n"
+        "for step in range(110):\n"
+        "    for p in ps: p.grad = torch.randn_like(p)\n"
+        "    optimizer.step()\n"
+        "    if step == 3:\n"
+        "        swapped = optimizer.state[ps[50]]['exp_avg']\n"
+        "        swapped.data = swapped.data.clone()\n"
+        "before = swapped.clone()\n"
+        "optimizer.step()\n"
+        "assert not torch.equal(before, swapped)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_load_in_another_thread_leaves_a_step_under_way_its_memory():
+    program = (
+        "import copy, threading, torch\n"
+        "from ranger_cuda import Ranger\n"
+        "ps = [torch.nn.Parameter(torch.randn(300, 200)) for _ in range(10)]\n"
+        "optimizer = Ranger(ps)\n"
+        "for p in ps: p.grad = torch.randn_like(p)\n"
+        "def run():\n"
+        "    for _ in range(200):\n"
+        "        try: optimizer.step()\n"
+        "        except RuntimeError as error: assert 'another thread' in str(error)\n"
+        "threads = [threading.Thread(target=run) for _ in range(2)]\n"
+        "for thread in threads: thread.start()\n"
+        "while any(thread.is_alive() for thread in threads):\n"
+        "    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_parameters_that_share_memory_move_one_after_the_other():
+    results = []
+    for backend in ("cpu", "cpu", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        a = torch.nn.Parameter(torch.randn(300, 300, generator=generator))
+        b = torch.nn.Parameter(torch.zeros(300, 300))
+        b.data = a.data
+        optimizer = Ranger([a, b], lr=0.1, backend=backend)
+        for _ in range(8):
+            a.grad = torch.randn(300, 300, generator=generator)
+            b.grad = torch.randn(300, 300, generator=generator)
+            optimizer.step()
+        results.append(a.detach())
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[2])
+
+
+def test_state_made_in_inference_mode_is_written_outside_of_it():
+    for backend in ("cpu", "reference"):
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = Ranger([param], k=2, backend=backend)
+        with torch.inference_mode():
+            optimizer.step()
+        optimizer.step()
+        assert optimizer.state[param]["step"] == 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -25,6 +26,7 @@ from ranger_cuda import Lookahead, RAdam, Ranger
 
 NAN, INF = math.nan, math.inf
 OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
+each_fused = pytest.mark.parametrize("cls", [RAdam, ranger], ids=["RAdam", "Ranger"])
 each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)
 
 # option, value, error, message
@@ -221,7 +223,7 @@ def test_a_gradient_of_another_shape_on_the_last_parameter_moves_none(cls, steps
     # As after replacing a parameter's memory and forgetting zero_grad().
     params[-1].data = params[-1].data.view(2, 3)
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=r"shape \(6,\).*shape \(2, 3\).*zero_grad"):
+    with pytest.raises(RuntimeError, match=r"shape \(6,\).*shape \(2, 3\)"):
         optimizer.step()
     assert same(snapshot(optimizer), before)
     params[-1].data = params[-1].data.view(6)
@@ -360,3 +362,77 @@ def test_an_expanded_state_is_refused_by_the_step(cls):
     assert same(snapshot(optimizer), before)
     optimizer.state[params[1]]["exp_avg"] = kept
     optimizer.step()
+
+
+@pytest.mark.parametrize("damage", ["no state", "no step", "other shape", "fraction"])
+@each_fused
+def test_a_damaged_state_beside_a_native_one_moves_neither(cls, damage):
+    """A bfloat16 parameter, which the reference moves, beside one that the CPU's kernels move."""
+    params = [*random_params((3,)), *random_params((4,), dtype=torch.bfloat16)]
+    optimizer = train(cls(params), params, range(2))
+    state = optimizer.state[params[1]]
+    if damage == "no state":
+        state.clear()  # as of a new parameter
+    elif damage == "no step":
+        del state["step"]
+    elif damage == "other shape":
+        state["exp_avg"] = torch.zeros(5)
+    else:
+        state["step"].fill_(1.5)
+    set_grads(params, 2)
+    if damage in ("no state", "no step"):
+        optimizer.step()
+        assert state["step"] == 1
+        return
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"state '\w+' of parameter 1"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("count", [-1.0, 2.5, float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_fused
+def test_a_step_count_that_is_none_stops_the_step(cls, backend, count):
+    params = random_params((3,), (4,))
+    optimizer = train(cls(params, backend=backend), params, range(2))
+    optimizer.state[params[1]]["step"].fill_(count)
+    set_grads(params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 .*whole number"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+def test_slow_weights_that_do_not_fit_stop_the_step_before_the_inner_optimizer_moved():
+    params = random_params((3,), (4,))
+    optimizer = train(Lookahead(torch.optim.SGD(params, lr=0.1)), params, range(2))
+    optimizer.state[params[1]]["slow_param"] = torch.zeros(5)
+    set_grads(params, 2)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"state 'slow_param' of parameter 1"):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
+
+
+@each_fused
+def test_a_resting_parameter_that_could_not_move_stops_no_step(cls):
+    params = random_params((3,), (4,))
+    for backend in ("cpu", "reference"):
+        optimizer = train(cls(params, backend=backend), params, range(2))
+        params[1].data = torch.zeros(5)
+        params[1].grad = None
+        set_grads(params[:1], 2)
+        optimizer.step()
+        assert optimizer.state[params[0]]["step"] == 3
+        params[1].data = torch.zeros(4)
+
+
+@each_fused
+def test_numbers_of_numpy_and_torch_are_numbers(cls):
+    (param,) = random_params((3,))
+    set_grads([param], 0)
+    numbers = {"lr": np.float32(0.1), "max_grad_norm": np.float32(1.0)}
+    if "k" in cls([param]).defaults:
+        numbers.update(k=np.int64(2), alpha=torch.tensor(0.5))
+    cls([param], **numbers).step()

@@ -104,3 +104,21 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(stepped):
     assert saved[1]["param_groups"] == optimizer.state_dict()["param_groups"]
     for name, value in before.items():
         assert_same_bits(optimizer.state[params[5]][name], value, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_given_other_memory_inside_get_their_values_back(dtype):
+    model = torch.nn.Linear(3, 2).to(dtype)
+    optimizer = Ranger(model.parameters(), k=2)
+    for _ in range(3):
+        model(torch.ones(3, dtype=dtype)).sum().backward()
+        optimizer.step()
+    fast = copies(model.parameters())
+    slow = [optimizer.state[p]["slow_param"].clone() for p in model.parameters()]
+    with optimizer.slow_weights():
+        model.double()
+        model.to(dtype)
+    for param, value in zip(model.parameters(), fast, strict=True):
+        assert_same_bits(param, value, "fast")
+    for param, value in zip(model.parameters(), slow, strict=True):
+        assert_same_bits(optimizer.state[param]["slow_param"], value, "slow")
