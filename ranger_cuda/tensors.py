@@ -18,9 +18,12 @@ else:  # a torch built without it has no DTensors to tell apart
         """Never instantiated."""
 
 
+HOST = ("cpu",)  # types of devices whose memory the host reads without waiting
+
+
 def on_accelerator(value: Any) -> bool:
     """Whether ``value`` is a tensor that the host cannot read without waiting for a device."""
-    return isinstance(value, Tensor) and value.device.type != "cpu"
+    return isinstance(value, Tensor) and value.device.type not in HOST
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,6 +12,12 @@ settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
 
 
+@pytest.fixture(params=["emulated", "cuda"])
+def device_target(request, monkeypatch):
+    """Each place where the CUDA backend runs."""
+    return open_target(request.param, monkeypatch)
+
+
 @pytest.fixture(params=NAMES)
 def target(request, monkeypatch):
     """Each place where kernels run."""

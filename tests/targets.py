@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ranger_cuda import support
+from ranger_cuda import support, tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,4 +83,5 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
     patch.setitem(support.BACKENDS, "cuda", cuda)
     patch.setattr(support, "extension", lambda: module)
     patch.setattr(support, "device", lambda index: torch.device("cpu"))
+    patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
     return Target("cuda", torch.device("cpu"), small=True)
