@@ -136,8 +136,8 @@ class StepPlan {
 
   // Weak references to every watched object. One that goes takes the plan with it, so an address
   // that is used again is never trusted, and a step compares addresses without following one. Only
-  // the state's memory is held, since it is not looked at every step, and only as long as its tensors
-  // are there and no launch is under way.
+  // the state's memory is held, since it is not looked at every step, and only as long as its
+  // tensors are there and no launch is under way.
   struct Life {
     bool outlived = false;
     std::shared_ptr<std::vector<pybind11::object>> memory =

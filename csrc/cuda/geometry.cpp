@@ -18,8 +18,9 @@ std::vector<Launch> cut_into_launches(const std::vector<TensorRow>& rows,
   const int32_t end = static_cast<int32_t>(order.size());
   for (int32_t first = 0; first < end;) {
     const TensorRow& row = rows[order[first]];
+    const int32_t most = is_strided(row) ? std::min(capacity, kGradTiers[kStridedTier]) : capacity;
     int32_t last = first + 1;
-    while (last < end && last - first < capacity && same_kind(rows[order[last]], row)) ++last;
+    while (last < end && last - first < most && same_kind(rows[order[last]], row)) ++last;
     const int64_t chunks = first_chunks[last] - first_chunks[first];
     if (chunks > 0) {
       launches.push_back(

@@ -39,7 +39,7 @@ template <typename T, bool kStrided, int kTier>
 void launch_radam(const Launch& launch, const Tables& tables, const std::vector<void*>& grads,
                   void* stream) {
   constexpr int kCapacity = kGradTiers[kTier];
-  if constexpr (kTier + 1 < static_cast<int>(std::size(kGradTiers))) {
+  if constexpr (!kStrided && kTier + 1 < static_cast<int>(std::size(kGradTiers))) {
     if (launch.row_count > kCapacity) {
       launch_radam<T, kStrided, kTier + 1>(launch, tables, grads, stream);
       return;
@@ -138,9 +138,9 @@ void DevicePlan::radam(const std::vector<TensorRow>& rows, const std::vector<cha
     const Tables at = tables(launch.first_chunk);
     by_kind(
         launch, [&] { launch_radam<float, false, 0>(launch, at, grads, stream); },
-        [&] { launch_radam<float, true, 0>(launch, at, grads, stream); },
+        [&] { launch_radam<float, true, kStridedTier>(launch, at, grads, stream); },
         [&] { launch_radam<double, false, 0>(launch, at, grads, stream); },
-        [&] { launch_radam<double, true, 0>(launch, at, grads, stream); });
+        [&] { launch_radam<double, true, kStridedTier>(launch, at, grads, stream); });
   }
 }
 

@@ -97,6 +97,7 @@ static_assert(sizeof(ScheduleArgs) <= 4096);
 // and a captured graph holds nothing that can go stale. 32,764 bytes of arguments from CUDA 12.1
 // and driver R530 on, 4 KiB before. A launch pays for all bytes, so small models take small ones.
 constexpr int kGradTiers[] = {32, 480, 4080};
+constexpr int kStridedTier = 1;  // the only one of strided rows, which are few
 
 template <int kCapacity>
 struct StepArgs {
