@@ -24,4 +24,7 @@ format:  ## format Python and C++
 bench:  ## measure the step against its peers (see benchmarks/README.md)
 	$(PYTHON) benchmarks/step_time.py
 
-.PHONY: help install test lint format bench
+gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
+	$(PYTHON) benchmarks/on_gpu.py
+
+.PHONY: help install test lint format bench gpu

@@ -2,9 +2,12 @@
 
 The environment variable RANGER_BACKENDS chooses what is compiled: ``auto`` (the CPU kernels, and
 CUDA where nvcc is found), ``cuda`` (fail without nvcc), ``cpu``, or ``none`` (pure Python).
+RANGER_CUDA_ARCHITECTURES chooses the GPUs, as CMAKE_CUDA_ARCHITECTURES takes them, such as
+``90-real;75-virtual``; unset or empty: the data centre's, and PTX for all others.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +27,36 @@ class CMakeBuild(build_ext):
                 sys.exit(f"ranger_cuda: {tool} was not found; install it: pip install {tool}")
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = str(Path(self.build_temp).resolve())
-        python = f"-DPython_EXECUTABLE={sys.executable}"
+        options = [f"-DPython_EXECUTABLE={sys.executable}"]
+        if architectures := os.environ.get("RANGER_CUDA_ARCHITECTURES"):
+            options.append(f"-DRANGER_CUDA_ARCHITECTURES={architectures}")
         source = str(Path(__file__).resolve().parent)
         for command in (
-            ["--fresh", "-G", "Ninja", "-S", source, "-B", build, python],
+            ["--fresh", "-G", "Ninja", "-S", source, "-B", build, *options],
             ["--build", build],
             ["--install", build, "--prefix", str(package.parent)],
         ):
-            if subprocess.run(["cmake", *command]).returncode != 0:
-                sys.exit("ranger_cuda: the native build failed; CMake's message above says why")
+            cmake(*command)
+
+
+def cmake(*arguments: str) -> None:
+    """Run CMake; end with its own error if it fails, as installers bury that under their noise."""
+    output = ""
+    with subprocess.Popen(
+        ["cmake", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output += line
+            print(line, end="", flush=True)
+    if process.returncode != 0:
+        paragraphs = re.findall(r"^CMake Error.*:\n((?:  .*\n|\n)+)", output, re.MULTILINE)
+        reason = " ".join(paragraphs[-1].split()) if paragraphs else "the output above says why"
+        sys.exit(f"ranger_cuda: the native build failed: {reason}")
 
 
 pure_python = os.environ.get("RANGER_BACKENDS") == "none"

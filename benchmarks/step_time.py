@@ -1,10 +1,10 @@
-"""Time of ``optimizer.step()`` against the peers, side by side in one run.
+"""Time of ``optimizer.step()`` on a CPU against the peers, side by side in one run.
 
     python benchmarks/step_time.py                  # measure, print a table
     python benchmarks/step_time.py --out FILE.json  # and keep it
     python benchmarks/step_time.py --check          # fail where a promise is not kept
 
-See benchmarks/README.md for the method.
+See benchmarks/README.md for the method; gpu_step_time.py is for GPUs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 import ranger_cuda
-from contestants import CONTESTANTS, Contestant, Step, step_of
-from workloads import CPU_DEFAULT, WORKLOADS, Shapes
+from contestants import CONTESTANTS, Contestant, Step, contestants_on, step_of
+from workloads import CPU_DEFAULT, FLAT, WORKLOADS, Shapes, random_tensors
 
 OURS = "ranger"
 CYCLE = 6  # Lookahead's period: every sample has as many syncs as every other
@@ -50,10 +50,10 @@ def main() -> int:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = torch.device("cpu")
     result: dict[str, Any] = {"environment": environment(device), "workloads": {}}
-    for name in args.workloads or (CPU_DEFAULT if device.type == "cpu" else list(WORKLOADS)):
-        result["workloads"][name] = measure(WORKLOADS[name], device, args)
+    for name in args.workloads or CPU_DEFAULT:
+        result["workloads"][name] = measure(name, device, args)
         print(as_table(name, result["workloads"][name]), flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,6 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME")
     names = [contestant.name for contestant in CONTESTANTS]
     parser.add_argument("--skip", nargs="+", choices=names, default=[], metavar="CONTESTANT")
@@ -78,13 +77,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(shapes: Shapes, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """One workload: every contestant verified, warmed up, then timed in turn."""
-    verify(shapes[: len(shapes) // 20 + 1], device)
-    gradients = [torch.randn(shape, device=device) for shape in shapes]
+    shapes, flat = WORKLOADS[name], name in FLAT
+    verify(shapes[: len(shapes) // 20 + 1], device, flat)
+    gradients = random_tensors(shapes, device, flat)
     steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for contestant in CONTESTANTS:
+    for contestant in contestants_on(device):
         if contestant.name in args.skip:
             continue
         if contestant.compiled and len(shapes) > MOST_TENSORS_TO_COMPILE:
@@ -92,18 +92,18 @@ def measure(shapes: Shapes, device: torch.device, args: argparse.Namespace) -> d
             rows[contestant.name] = {"missing": reason}
             continue
         try:
-            steps[contestant.name] = prepare(contestant, gradients)
+            steps[contestant.name] = prepare(contestant, gradients, flat)
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             rows[contestant.name] = {"missing": f"{reason} (pip install {contestant.package})"}
             continue
-        rows[contestant.name] = {"bytes_allocated": allocated(steps[contestant.name], device)}
+        rows[contestant.name] = {"bytes_allocated": allocated(steps[contestant.name])}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     gc.disable()
     for _ in range(args.rounds):
         for name, step in steps.items():
-            samples[name].append(sample(step, device))
+            samples[name].append(sample(step))
     gc.enable()
     for name, taken in samples.items():
         low, middle, high = quantiles(taken, n=4)
@@ -112,62 +112,57 @@ def measure(shapes: Shapes, device: torch.device, args: argparse.Namespace) -> d
     return rows
 
 
-def prepare(contestant: Contestant, gradients: list[torch.Tensor]) -> Step:
+def prepare(contestant: Contestant, gradients: list[torch.Tensor], flat: bool = False) -> Step:
     """Build, warm up, and see that the steps did something finite."""
-    params = [Parameter(torch.ones_like(gradient)) for gradient in gradients]
+    shapes = [tuple(gradient.shape) for gradient in gradients]
+    params = [Parameter(t) for t in random_tensors(shapes, gradients[0].device, flat)]
+    before = [param.detach().flatten()[:8].clone() for param in params]
     for param, gradient in zip(params, gradients, strict=True):
         param.grad = gradient
     step = step_of(contestant, contestant.build(params))
     for _ in range(WARM_UP):
         step()
-    for param in params:
-        if not bool(param.isfinite().all()) or bool((param == 1).all()):
-            raise AssertionError(f"{contestant.name} left a parameter unchanged or not finite")
+    check_moved(contestant, params, before)
     return step
 
 
-def verify(shapes: Shapes, device: torch.device) -> None:
+def check_moved(
+    contestant: Contestant, params: list[Parameter], before: list[torch.Tensor]
+) -> None:
+    """Raise unless every parameter is finite and its first elements are not what they were."""
+    for param, old in zip(params, before, strict=True):
+        if torch.equal(param.detach().flatten()[:8], old) or not bool(param.isfinite().all()):
+            raise AssertionError(f"{contestant.name} left a parameter unchanged or not finite")
+
+
+def verify(shapes: Shapes, device: torch.device, flat: bool = False) -> None:
     """What is timed is right: the bits of the reference after every step of a cycle and more."""
-    sets = [[Parameter(torch.ones(shape, device=device)) for shape in shapes] for _ in range(2)]
-    fast = ranger_cuda.Ranger(sets[0])
+    values = random_tensors(shapes, device, flat)
+    sets = [[Parameter(value) for value in values], [Parameter(value.clone()) for value in values]]
+    fast = ranger_cuda.Ranger(sets[0], backend=device.type)
     reference = ranger_cuda.Ranger(sets[1], backend="reference")
     for _ in range(WARM_UP + 1):
-        for a, b in zip(*sets, strict=True):
-            a.grad = b.grad = torch.randn_like(a)
+        for a, b, gradient in zip(*sets, random_tensors(shapes, device, flat), strict=True):
+            a.grad = b.grad = gradient
         fast.step()
         reference.step()
         if not all(torch.equal(a, b) for a, b in zip(*sets, strict=True)):
             raise AssertionError("the native step differs from the reference")
 
 
-def sample(step: Step, device: torch.device) -> float:
+def sample(step: Step) -> float:
     """Milliseconds of one step, over a whole Lookahead cycle; one before it brings the contestant's
     own memory back into the caches, from which the one before drove it out."""
     for _ in range(CYCLE):
         step()
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(CYCLE):
-            step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end) / CYCLE
     begun = time.perf_counter()
     for _ in range(CYCLE):
         step()
     return (time.perf_counter() - begun) * 1e3 / CYCLE
 
 
-def allocated(step: Step, device: torch.device) -> int:
+def allocated(step: Step) -> int:
     """Bytes of tensor memory that a whole cycle of steps asks for."""
-    if device.type == "cuda":
-        key = "allocated_bytes.all.allocated"
-        before = torch.cuda.memory_stats(device)[key]
-        for _ in range(CYCLE):
-            step()
-        return torch.cuda.memory_stats(device)[key] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for _ in range(CYCLE):
             step()
@@ -177,8 +172,9 @@ def allocated(step: Step, device: torch.device) -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what it was measured."""
-    found: dict[str, Any] = {
+    return {
         "device": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -187,10 +183,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "packages": {contestant.package: installed(contestant) for contestant in CONTESTANTS},
     }
-    if device.type == "cuda":
-        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-        found["nvidia_smi"] = run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
-    return found
 
 
 def processor() -> str:

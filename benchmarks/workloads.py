@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import torch
+from torch import Tensor
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -39,13 +44,45 @@ def llama(layers: int, width: int, hidden: int, vocabulary: int, kv_width: int) 
 
 
 WORKLOADS: dict[str, Shapes] = {
+    "1e9": [(8192, 8192)] * 15,
+    "2.5e8": [(4096, 4096)] * 15,
     "64 x 1024^2": [(1024, 1024)] * 64,
+    "64 x (1024^2+1)": [(1024 * 1024 + 1,)] * 64,
+    "64 x (1024^2+1) flat": [(1024 * 1024 + 1,)] * 64,
     "1000 x 64^2": [(64, 64)] * 1000,
+    "1000 x 1024": [(1024,)] * 1000,
     "1000 x 1": [(1,)] * 1000,
+    "10000 x 512": [(512,)] * 10000,
     "resnet50": resnet50(),
     "gpt2": transformer(12, 768, 3072, 50257, 1024),
     "vit-l/16": transformer(24, 1024, 4096, 16 * 16 * 3, 197, classes=1000),
     "llama-1b": llama(16, 2048, 8192, 128256, 512),
 }
+# Parameters are neighbours in one buffer, and gradients in another, so that most of them start at
+# an address that no wide access can take while the state's addresses are even.
+FLAT = {"64 x (1024^2+1) flat"}
 # Those that fit several optimizers' states into a small machine's memory and a coffee break.
 CPU_DEFAULT = ["64 x 1024^2", "1000 x 64^2", "1000 x 1", "resnet50"]
+# The most telling first: a run that ends early has them.
+GPU_DEFAULT = [
+    "1e9",
+    "64 x 1024^2",
+    "1000 x 1024",
+    "1000 x 1",
+    "64 x (1024^2+1)",
+    "64 x (1024^2+1) flat",
+    "resnet50",
+    "gpt2",
+    "10000 x 512",
+    "llama-1b",
+    "vit-l/16",
+]
+
+
+def random_tensors(shapes: Shapes, device: torch.device, flat: bool = False) -> list[Tensor]:
+    """Fresh random numbers; ``flat``: views into one buffer, without gaps."""
+    if not flat:
+        return [torch.randn(shape, device=device) for shape in shapes]
+    sizes = [prod(shape) for shape in shapes]
+    parts = torch.randn(sum(sizes), device=device).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

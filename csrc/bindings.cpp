@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
+
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "cuda/device.h"
 #include "cuda/error.h"
+#include "cuda/tables.h"
 #include "step_plan.h"
 
 namespace py = pybind11;
@@ -79,6 +82,24 @@ py::dict build_info() {
   return info;
 }
 
+// Where the fields of the device tables stand, in 8-byte words: the Triton kernels have the same.
+py::dict table_layout() {
+  const auto words = [](size_t bytes) { return bytes / 8; };
+  py::dict layout;
+  layout["row_words"] = words(sizeof(cuda::DeviceRow));
+  layout["numel"] = words(offsetof(cuda::DeviceRow, numel));
+  layout["step"] = words(offsetof(cuda::DeviceRow, step));
+  layout["layout"] = words(offsetof(cuda::DeviceRow, layout));
+  layout["group"] = words(offsetof(cuda::DeviceRow, group));
+  layout["scalar_words"] = words(sizeof(cuda::RowScalars));
+  layout["coefficients"] = words(offsetof(cuda::RowScalars, f64));
+  layout["active"] = cuda::kActive;
+  layout["rectified"] = cuda::kRectified;
+  layout["l2"] = cuda::kL2;
+  layout["sync"] = cuda::kSync;
+  return layout;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -109,6 +130,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("schedule", &schedule_of, py::arg("hyper"), py::arg("step"),
              "The scalars of one step, for tests against ranger_cuda.schedule.");
+  module.def("table_layout", &table_layout, "The device tables, for tests against Triton's.");
   module.def("build_info", &build_info, "What this binary was built with and what it finds here.");
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import support
 from .backends import reference
 from .backends.reference import Row
+from .backends.triton_plan import TritonPlan
 from .hyperparameters import Hyperparameters
 from .schedule import grad_scale
 from .tensors import (
@@ -131,7 +132,8 @@ class _Completion:
         if reads_grad:
             plain_grad(param, name)
         where = local(param)
-        step_device = where.device if backend == "cuda" else torch.device("cpu")
+        on_host = backend in ("cpu", "reference")
+        step_device = torch.device("cpu") if on_host else where.device
         known = self._state.get(param, {})
         with torch.inference_mode(False):  # state made in it could not be written outside
             missing = self._new_state(param, self._groups[group], known, step_device)
@@ -174,7 +176,7 @@ class Dispatcher:
 
     def reset(self) -> None:
         """Forget the plan: the next step makes a new one."""
-        self._plan: Any = None
+        self._plans: list[Any] = []
         self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
         self._rows: list[Row] = []
 
@@ -199,7 +201,7 @@ class Dispatcher:
         self._rows = []
         moves = _movers(moved)
         complete = _Completion(self._rule, param_groups, state, new_state)
-        if self._plan is not None and self._collect_native(param_groups, state, moved):
+        if self._plans and self._collect_native(param_groups, state, moved):
             for position, member in self._foreign:
                 if moves(position, member.param):
                     complete.add(member, "reference", reads_grad=moved is None)
@@ -207,7 +209,7 @@ class Dispatcher:
         else:
             self.reset()
             self._make_plan(param_groups, state, complete, moved)
-            if self._plan is not None and not self._collect_native(param_groups, state, moved):
+            if not self._collect_native(param_groups, state, moved):
                 raise RuntimeError(
                     "the parameters changed while the step was being prepared; do not change an "
                     "optimizer from another thread while it steps"
@@ -220,10 +222,10 @@ class Dispatcher:
 
     def _collect_native(self, *args: Any) -> bool:
         try:
-            return self._plan.collect(*args)
+            return all(plan.collect(*args) for plan in self._plans)
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()  # the plan's tables are not torch's allocator's
-            return self._plan.collect(*args)
+            torch.cuda.empty_cache()  # a compiled plan's tables are not torch's allocator's
+            return all(plan.collect(*args) for plan in self._plans)
 
     def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
         """Move what :meth:`collect` found.
@@ -234,10 +236,12 @@ class Dispatcher:
         Args:
             hypers: the hyperparameters of each group.
         """
-        devices = [] if self._plan is None else self._plan.devices()
-        signals = [Signals.of(hypers, scaling, support.device(index)) for index in devices]
+        signals = [
+            [Signals.of(hypers, scaling, support.device(index)) for index in plan.devices()]
+            for plan in self._plans
+        ]
         unscale = norm = 1.0
-        if self._rows or (self._plan is not None and self._plan.has_cpu_rows()):
+        if self._rows or any(plan.has_cpu_rows() for plan in self._plans):
             if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
                 return
             scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
@@ -247,8 +251,8 @@ class Dispatcher:
         else:
             known = [0.0 if isinstance(hyper.lr, Tensor) else hyper.lr for hyper in hypers]
             hypers = [hyper.with_lr(lr) for hyper, lr in zip(hypers, known, strict=True)]
-        if self._plan is not None:
-            self._plan.launch(hypers, unscale, norm, signals, torch.get_num_threads())
+        for plan, its_signals in zip(self._plans, signals, strict=True):
+            plan.launch(hypers, unscale, norm, its_signals, torch.get_num_threads())
         if self._rows:
             scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
             self._rule.reference(self._rows, hypers, scales)
@@ -259,7 +263,7 @@ class Dispatcher:
         """Within the context parameters and slow weights, where there are any, change places."""
         has_slow = ["slow_param" in state.get(param, {}) for param, _, _ in members(param_groups)]
         self.collect(param_groups, state, new_state, has_slow)
-        plan, rows, self._rows = self._plan, self._rows, []
+        plans, rows, self._rows = self._plans, self._rows, []
         # Whatever becomes of the parameters within, the memory that is swapped back is alive.
         held = [
             (param, plain(param), plain(state[param]["slow_param"]))
@@ -267,13 +271,13 @@ class Dispatcher:
             if has
         ]
         threads = torch.get_num_threads()
-        if plan is not None:
+        for plan in plans:
             plan.swap(threads)
         try:
             with reference.swapped([(row.param, row.state["slow_param"]) for row in rows]):
                 yield
         finally:
-            if plan is not None:
+            for plan in plans:
                 plan.swap(threads)
             for param, before, _ in held:
                 now = plain(param)
@@ -312,29 +316,37 @@ class Dispatcher:
             if backend == "reference":
                 self._foreign.append((position, member))
         complete.commit()
-        if len(self._foreign) < len(backends):
-            self._plan = self._native_plan(found, state, backends)
+        used = set(backends.values())
+        if used & {"cpu", "cuda"}:
+            self._plans.append(self._fill(self._compiled_plan(), found, state, backends))
+        if "triton" in used:
+            self._plans.append(self._fill(TritonPlan(self._rule), found, state, backends))
 
-    def _native_plan(self, found: list[Member], state: State, chosen: dict[Tensor, str]) -> Any:
+    def _compiled_plan(self) -> Any:
         extension: Any = support.extension()
-        plan = extension.StepPlan(
+        return extension.StepPlan(
             getattr(extension.StepPlan.Rule, self._rule.name),
             Tensor.__dlpack_c_exchange_api__,
             plain,
             plain_grad,
         )
+
+    def _fill(
+        self, plan: Any, found: list[Member], state: State, backends: dict[Tensor, str]
+    ) -> Any:
+        its = ("triton",) if isinstance(plan, TritonPlan) else ("cpu", "cuda")
         planned: set[Tensor] = set()
         for param, group, name in found:
-            if param not in chosen:
+            if param not in backends:
                 plan.add_idle(param, group)
-            elif chosen[param] == "reference" or param in planned:
+            elif backends[param] not in its or param in planned:
                 plan.add_foreign(param, group)
             else:
                 plan.add_row(
                     param,
                     group,
                     name,
-                    chosen[param],
+                    backends[param],
                     state[param],
                     self._rule.streams,
                     self._rule.step_name,

@@ -26,8 +26,8 @@ class SlowWeights:
                 validate(model)
 
         Within the context every parameter holds its slow weight; on leaving it, whatever happens
-        within, each gets its own bits back. It is for reading: what is written to a parameter within
-        does not last. A parameter that has not been stepped yet stays as it is. ``step``,
+        within, each gets its own bits back. It is for reading: what is written to a parameter in
+        between does not last. A parameter that has not been stepped yet stays as it is. ``step``,
         ``state_dict``, ``load_state_dict`` and copies of the optimizer are refused in between.
 
         Raises:

@@ -29,6 +29,12 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", ("cuda",), _FULL, "CUDA kernels, one launch for the whole model"),
+        Backend(
+            "triton",
+            ("cuda", "xpu"),
+            _FULL,
+            "Triton kernels, for GPUs without a CUDA toolkit at install time",
+        ),
         Backend("cpu", ("cpu",), _FULL, "native C++, one parallel pass over the whole model"),
         Backend(
             "reference",
@@ -37,11 +43,6 @@ BACKENDS = {
             "plain PyTorch, one parameter at a time; the spec of the others",
         ),
     )
-}
-
-# Named in the design, not in this version.
-PLANNED = {
-    "triton": "Triton kernels, for GPUs without a CUDA toolkit at install time",
 }
 
 
@@ -77,13 +78,10 @@ def extension() -> ModuleType | Obstacle:
 
 def obstacle(name: str) -> Obstacle | None:
     """Why backend ``name`` cannot run on this machine; None if it can."""
-    if name in PLANNED:
-        return Obstacle(
-            f"this version has no {name} kernels yet",
-            "leave backend=None: parameters on a GPU are moved by the reference backend",
-        )
     if name == "reference":
         return None
+    if name == "triton":
+        return _triton_obstacle()
     found = extension()
     if isinstance(found, Obstacle):
         return found
@@ -103,14 +101,34 @@ def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
     if not built["cuda_device"]["devices"]:
         return Obstacle(
             f"no CUDA device can be used: {built['cuda_device']['error']}",
-            "look at what nvidia-smi says; a driver of R525 or newer and a visible GPU are needed",
+            f"look at what nvidia-smi says: a GPU must be visible, and its driver serve CUDA "
+            f"{built['cuda']}",
         )
     return None
 
 
-def device(index: int) -> torch.device:
-    """The device that the CUDA backend calls ``index``."""
-    return torch.device("cuda", index)
+@functools.cache
+def _triton_obstacle() -> Obstacle | None:
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return Obstacle(
+            f"Triton cannot be imported: {error}",
+            "install it: pip install triton (3.4 or newer; torch's GPU builds bring it)",
+        )
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 4):
+        return Obstacle(f"Triton {version} is too old", "install Triton 3.4 or newer")
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        return Obstacle(
+            f"torch {torch.__version__} finds no GPU",
+            "install a build of torch for your GPU, see https://pytorch.org/get-started/locally/",
+        )
+    return None
+
+
+def device(index: int | torch.device) -> torch.device:
+    """The device that a plan calls ``index``."""
+    return index if isinstance(index, torch.device) else torch.device("cuda", index)
 
 
 def check_backend(name: str | None) -> None:
@@ -122,8 +140,8 @@ def check_backend(name: str | None) -> None:
     """
     if name is None:
         return
-    if name not in BACKENDS and name not in PLANNED:
-        known = ", ".join(repr(known) for known in (*BACKENDS, *PLANNED))
+    if name not in BACKENDS:
+        known = ", ".join(repr(known) for known in BACKENDS)
         raise ValueError(
             f"Invalid backend: {name!r}; use None (chosen by device) or one of {known}"
         )

@@ -12,9 +12,9 @@ settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
 
 
-@pytest.fixture(params=["emulated", "cuda"])
+@pytest.fixture(params=["emulated", "cuda", "interpreted", "triton"])
 def device_target(request, monkeypatch):
-    """Each place where the CUDA backend runs."""
+    """Each place where a GPU's backend runs."""
     return open_target(request.param, monkeypatch)
 
 

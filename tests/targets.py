@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ranger_cuda import support, tensors
+from ranger_cuda.backends import triton_plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +29,7 @@ class Target(NamedTuple):
     backend: str
     device: torch.device
     small: bool = False  # too slow for large tensors; small ones have many chunks there
+    slow: bool = False  # too slow for many tensors or steps, too
 
     def move(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device: the same strides, gaps and lazy negation or conjugation."""
@@ -47,7 +49,7 @@ class Target(NamedTuple):
         return moved.conj() if conjugate else moved
 
 
-NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda")
+NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "triton")
 
 
 @functools.cache
@@ -62,6 +64,17 @@ def emulated_extension(*options: str) -> ModuleType:
     return load(binary)
 
 
+@functools.cache
+def interpreted_kernels() -> ModuleType:
+    """The Triton kernels, made for Triton's interpreter beside those for a GPU."""
+    spec = importlib.util.find_spec("ranger_cuda.backends.triton_kernels")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
 def load(binary: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("emulated._C", binary)
     module = importlib.util.module_from_spec(spec)
@@ -73,15 +86,23 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
     """The target of this name; skips the test where there is no such device."""
     if name.startswith("cpu"):
         return Target("cpu", torch.device("cpu"))
-    if name == "cuda":
+    if name in ("cuda", "triton"):
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        return Target("cuda", torch.device("cuda"))
+        return Target(name, torch.device("cuda"))
+    patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
+    if name == "interpreted":
+        triton = support.BACKENDS["triton"]._replace(devices=("cpu",))
+        patch.setitem(support.BACKENDS, "triton", triton)
+        patch.setattr(support, "_triton_obstacle", lambda: None)
+        patch.setattr(triton_plan, "load_kernels", interpreted_kernels)
+        patch.setattr(triton_plan, "CHUNK", 64)
+        patch.setattr(triton_plan, "BLOCK", {torch.float32: 32, torch.float64: 16})
+        return Target("triton", torch.device("cpu"), small=True, slow=True)
     built = os.environ.get("RANGER_EMULATED_EXTENSION")
     module = load(Path(built)) if built else emulated_extension()
     cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))
     patch.setitem(support.BACKENDS, "cuda", cuda)
     patch.setattr(support, "extension", lambda: module)
     patch.setattr(support, "device", lambda index: torch.device("cpu"))
-    patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
     return Target("cuda", torch.device("cpu"), small=True)

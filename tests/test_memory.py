@@ -218,14 +218,16 @@ def test_a_load_in_another_thread_leaves_a_step_under_way_its_memory():
         "ps = [torch.nn.Parameter(torch.randn(300, 200)) for _ in range(10)]\n"
         "optimizer = Ranger(ps)\n"
         "for p in ps: p.grad = torch.randn_like(p)\n"
+        "done = threading.Event()\n"
         "def run():\n"
-        "    for _ in range(200):\n"
+        "    while not done.is_set():\n"
         "        try: optimizer.step()\n"
         "        except RuntimeError as error: assert 'another thread' in str(error)\n"
         "threads = [threading.Thread(target=run) for _ in range(2)]\n"
         "for thread in threads: thread.start()\n"
-        "while any(thread.is_alive() for thread in threads):\n"
-        "    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))\n"
+        "for _ in range(50): optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))\n"
+        "done.set()\n"
+        "for thread in threads: thread.join()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
 

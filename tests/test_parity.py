@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
+from targets import NAMES
 
 STEPS = 25
 FLOATS = (torch.float32, torch.float64)
@@ -62,16 +63,30 @@ groups = st.fixed_dictionaries(
         "alpha": st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]),
     }
 )
+models = st.lists(
+    st.tuples(groups, st.lists(members, min_size=1, max_size=4)), min_size=1, max_size=3
+)
 
 
+@pytest.mark.parametrize("target", [n for n in NAMES if n != "interpreted"], indirect=True)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    st.lists(st.tuples(groups, st.lists(members, min_size=1, max_size=4)), min_size=1, max_size=3),
-    st.integers(0, 2**31),
-)
+@given(models, st.integers(0, 2**31))
 def test_every_bit_of_parameters_and_state_is_the_reference_s(target, drawn, seed):
+    check_every_bit(target, drawn, seed, STEPS)
+
+
+@pytest.mark.parametrize("target", ["interpreted"], indirect=True)
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(models, st.integers(0, 2**31))
+def test_every_bit_in_triton_s_interpreter_is_the_reference_s(target, drawn, seed):
+    check_every_bit(target, drawn, seed, 13)
+
+
+def check_every_bit(target, drawn, seed, steps):
     generator = torch.Generator().manual_seed(seed)
     sets = ([], [])
     grouped = ([], [])
@@ -83,7 +98,7 @@ def test_every_bit_of_parameters_and_state_is_the_reference_s(target, drawn, see
     native = Ranger(grouped[0], backend=target.backend)
     reference = Ranger(grouped[1], backend="reference")
     layouts = sorted(LAYOUTS)
-    for step in range(STEPS):
+    for step in range(steps):
         gradients = [
             None
             if (i + step) % 4 == 3
@@ -101,12 +116,12 @@ def test_large_tensors_cut_into_chunks_are_the_reference_s(target, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1_000_003,), (16384,), (16385,), (2, 16384), (500, 700), (3,)]
     if target.small:
-        shapes = [(2003,), (64,), (65,), (2, 64), (50, 70), (3,)]
+        shapes = [(1003,), (64,), (65,), (2, 64), (20, 30), (3,)]
     made = [spread(shape, dtype, generator, 3) for shape in shapes]
     made.append(made[-2].t())
     a, b = twins(made, target.move)
     native, reference = Ranger(a, backend=target.backend), Ranger(b, backend="reference")
-    for step in range(STEPS):
+    for step in range(13 if target.slow else STEPS):
         gradients = [spread(p.shape, dtype, generator) for p in a]
         give_gradients(gradients, a, b, move=target.move)
         native.step()
@@ -158,7 +173,7 @@ def test_the_lookahead_wrapper_is_the_reference_s(target, alpha):
     generator = torch.Generator().manual_seed(1)
     made = [
         spread(s, d, generator, 3)
-        for s in [(), (7, 5), (999 if target.small else 40_000,)]
+        for s in [(), (7, 5), (200 if target.small else 40_000,)]
         for d in DTYPES
     ]
     made += [LAYOUTS[layout](torch.randn(4, 3, 2, 5)) for layout in PARAM_LAYOUTS]

@@ -273,6 +273,7 @@ def test_missing_extras_are_named_before_any_training(
         (["--lr", "adamw=1"], "does not train"),
         (["--optimizers", "sgd", "sgd"], "twice"),
         (["--device", "cuda:99"], "cannot be used here"),
+        (["--threads", "100000"], "--threads 100000 is far more than"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -282,6 +283,31 @@ def test_what_cannot_work_is_refused_in_a_sentence(
     assert train(tmp_path / "run", *TINY, *flags) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/sub", "x" * 300], ids=lambda out: out[:8])
+@pytest.mark.parametrize("flag", ["", "--resume", "--overwrite"])
+def test_an_out_that_can_be_no_folder_is_refused_before_any_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    flag: str,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.delattr(Run, "step")
+    assert train(tmp_path / out, *TINY, *flag.split()) == 2
+    assert f"cannot make the folder {tmp_path / out}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_results_that_cannot_be_removed_are_refused_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.png").mkdir()
+    monkeypatch.delattr(Run, "step")
+    assert train(tmp_path, *TINY) == 2
+    assert f"cannot remove {tmp_path / 'loss.png'}" in capsys.readouterr().err
 
 
 # Checkpoint files
@@ -307,7 +333,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
 
 
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
-    text = corpus.load(argparse.__file__, 10_000, 8, exclude=tmp_path)
+    text = corpus.load(argparse.__file__, 10_000, 8, exclude=[])
     shape = {"batch_size": 2, "context": 8}
     batch = corpus.training_batch(text, seed=2**32, step=5, **shape)
     again = corpus.training_batch(text, seed=2**32, step=5, **shape)
@@ -320,26 +346,57 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
 
 def test_validation_text_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(bytes(range(1, 101)) * 2)
-    text = corpus.load(str(tmp_path / "text"), 1_000, 8, exclude=tmp_path / "out")
+    text = corpus.load(str(tmp_path / "text"), 1_000, 8, exclude=[])
     assert len(text.training) == 180
     batches = corpus.validation_batches(text, batch_size=4, context=8)
     assert {int(byte) for batch in batches for byte in batch.inputs.flatten()} <= {*range(81, 101)}
 
 
-def test_a_folder_is_read_without_binaries_hidden_files_and_the_output(tmp_path: Path) -> None:
+def test_a_folder_is_read_without_binaries_hidden_files_and_the_excluded(tmp_path: Path) -> None:
     files = {
         "a.txt": b"a" * 50,
         "b/c.md": b"c" * 50,
         "d.bin": b"\0" * 50,
         ".e": b"e",
-        "out/f": b"f",
+        "out/f": b"f" * 50,
+        "out/g": b"g",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    text = corpus.load(str(tmp_path), 1_000, 8, exclude=tmp_path / "out")
+    text = corpus.load(str(tmp_path), 1_000, 8, exclude=[tmp_path / "out/g"])
     everything = torch.cat([text.training, text.validation])
-    assert sorted(everything.tolist()) == [ord("a")] * 50 + [ord("c")] * 50
+    assert sorted(everything.tolist()) == [*b"a" * 50, *b"c" * 50, *b"f" * 50]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_regular_file_is_left_out_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"a" * 200)
+    (tmp_path / "broken").symlink_to("nothing")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    load = f"from ranger_cuda.cli import corpus; corpus.load({str(tmp_path)!r}, 1_000, 8, [])"
+    # In a process of its own, as one that waits for a pipe can only be killed.
+    subprocess.run([sys.executable, "-c", load], env=ENVIRONMENT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("out", [".", "", "sub/.."])
+def test_the_text_may_lie_in_the_output_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("texts/text").write_text("a sentence. " * 100)
+    Path("text").write_text("another sentence. " * 100)
+    for data in ("texts", "."):
+        run = ["train", *TINY, "--steps", "2", "--data", data, "--out", out]
+        assert main([*run, "--overwrite"]) == 0
+        # The results, which were not there at the start, are no text either.
+        assert main([*run, "--resume"]) == 0
+        assert capsys.readouterr().out.rstrip().endswith("loss.png to .")
 
 
 # Results
@@ -369,6 +426,24 @@ def test_results_are_written(uninterrupted: Path) -> None:
     assert len(rows) == STEPS * len(OPTIMIZERS)
     assert [row["step"] for row in rows if row["validation_loss"]][:4] == ["10", "20", "30", "32"]
     assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_that_cannot_be_written_leave_the_checkpoint_and_say_so(
+    tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes((uninterrupted / "checkpoint.pt").read_bytes())
+    chart = tmp_path / "loss.png"
+    chart.mkdir()
+    assert train(tmp_path, "--resume") == 2
+    message = capsys.readouterr().err
+    assert f"cannot write {chart}: " in message
+    assert "the checkpoint is safe" in message
+    assert f"--resume --out {tmp_path}" in message
+    assert_same_run(tmp_path, uninterrupted)
+
+    chart.rmdir()
+    assert train(tmp_path, "--resume") == 0
+    assert chart.is_file()
 
 
 def test_a_diverged_run_is_still_reported(tmp_path: Path) -> None:

@@ -10,15 +10,16 @@ bool same_kind(const TensorRow& a, const TensorRow& b) {
   return a.dtype == b.dtype && is_strided(a) == is_strided(b);
 }
 
-// Cuts `order` into launches of one kind and at most `capacity` rows.
+// Cuts `order` into launches of one kind and at most so many rows.
 std::vector<Launch> cut_into_launches(const std::vector<TensorRow>& rows,
                                       const std::vector<int32_t>& order,
-                                      const std::vector<int64_t>& first_chunks, int32_t capacity) {
+                                      const std::vector<int64_t>& first_chunks, int32_t capacity,
+                                      int32_t strided_capacity) {
   std::vector<Launch> launches;
   const int32_t end = static_cast<int32_t>(order.size());
   for (int32_t first = 0; first < end;) {
     const TensorRow& row = rows[order[first]];
-    const int32_t most = is_strided(row) ? std::min(capacity, kGradTiers[kStridedTier]) : capacity;
+    const int32_t most = is_strided(row) ? strided_capacity : capacity;
     int32_t last = first + 1;
     while (last < end && last - first < most && same_kind(rows[order[last]], row)) ++last;
     const int64_t chunks = first_chunks[last] - first_chunks[first];
@@ -74,10 +75,11 @@ Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t device, int32
     }
     first_chunks.push_back(static_cast<int64_t>(geometry.chunks.size()));
   }
-  const int32_t all = static_cast<int32_t>(geometry.order.size());
+  const int32_t all = std::max(static_cast<int32_t>(geometry.order.size()), 1);
   geometry.schedules = cut_into_schedules(rows, geometry.order);
-  geometry.steps = cut_into_launches(rows, geometry.order, first_chunks, capacity);
-  geometry.passes = cut_into_launches(rows, geometry.order, first_chunks, std::max(all, 1));
+  geometry.steps = cut_into_launches(rows, geometry.order, first_chunks, capacity,
+                                     std::min(capacity, kGradTiers[kStridedTier]));
+  geometry.passes = cut_into_launches(rows, geometry.order, first_chunks, all, all);
   return geometry;
 }
 

@@ -44,6 +44,7 @@ RANGER_HOST_DEVICE int64_t strided_offset(const int64_t* layout, int stream, int
   const int64_t* sizes = layout + 1;
   const int64_t* strides = sizes + ndim * (1 + stream);
   int64_t offset = 0;
+  RANGER_UNROLL(1)
   for (int64_t dim = ndim - 1; dim >= 0; --dim) {
     offset += index % sizes[dim] * strides[dim];
     index /= sizes[dim];

@@ -18,13 +18,18 @@ def path_in(out: Path) -> Path:
     return out / "checkpoint.pt"
 
 
+def files_in(out: Path) -> list[Path]:
+    """The checkpoint, and what a killed process may leave of the next one."""
+    return [path_in(out), _temporary(path_in(out))]
+
+
 def save(content: dict[str, Any], path: Path) -> None:
     """Replace the checkpoint at ``path``: a reader finds the old one or the new one, never a part.
 
     Raises:
         CommandError: the file cannot be written; the old one is still there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -56,6 +61,10 @@ def load(path: Path) -> dict[str, Any]:
             "start over with --overwrite, or choose another --out"
         )
     return content
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +40,14 @@ class Corpus(NamedTuple):
     digest: str  # of all bytes: two corpora with the same digest are the same
 
 
-def load(data: str, max_bytes: int, context: int, exclude: Path) -> Corpus:
+def load(data: str, max_bytes: int, context: int, exclude: Collection[Path]) -> Corpus:
     """Read the text: ``"stdlib"``, a file, or every text file in a folder.
 
     Args:
         data: the standard library's source, or a path.
         max_bytes: stop reading here.
         context: the length of the windows that both parts must hold.
-        exclude: a folder inside of a folder of text to leave out: the run's own output.
+        exclude: files to leave out of a folder of text: those that the run itself writes.
 
     Raises:
         CommandError: there is no text, or too little.
@@ -60,9 +60,10 @@ def load(data: str, max_bytes: int, context: int, exclude: Path) -> Corpus:
             raise CommandError(f"no Python source in {root}; give a text with --data PATH")
     else:
         root = Path(data)
-        if not root.exists():
+        if not os.path.exists(root):  # unlike Path.exists, it never raises
             raise CommandError(f"--data {data} does not exist; give a text file or a folder")
-        files = [path for path in _walk(root) if path == root or exclude not in path.parents]
+        own = {os.path.realpath(path) for path in exclude}
+        files = [path for path in _walk(root) if path == root or os.path.realpath(path) not in own]
         title = root.name or str(root)
 
     text, used = _read(files, root, max_bytes)
@@ -101,11 +102,13 @@ def validation_batches(corpus: Corpus, *, batch_size: int, context: int) -> list
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Regular files: a named pipe would never end, and a broken link cannot be read."""
     if root.is_file():
         yield root
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__pycache__"))]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)
 
 
 def _is_source(path: Path, root: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where to, and how to go on")
     where.add_argument(
         "--out",
+        type=os.path.normpath,  # "" is the current folder: say so in messages
         default=DEFAULT_OUT,
         metavar="DIR",
         help="folder for the results (default: %(default)s)",

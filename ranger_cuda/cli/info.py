@@ -37,19 +37,16 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "openmp_runtimes": openmp_runtimes(),
         "extension": built,
-        "backends": [backend_row(name) for name in (*support.BACKENDS, *support.PLANNED)],
+        "backends": [backend_row(name) for name in support.BACKENDS],
     }
 
 
 def backend_row(name: str) -> dict[str, str]:
     """One backend: whether it works here, tried out with a real step, and if not, why."""
-    row = {"name": name, "works": "yes", "what": "", "step": "", "cause": "", "fix": ""}
+    backend = support.BACKENDS[name]
+    what = f"{backend.what} ({support.describe(backend)})"
+    row = {"name": name, "works": "yes", "what": what, "step": "", "cause": "", "fix": ""}
     why_not = support.obstacle(name)
-    if name in support.BACKENDS:
-        backend = support.BACKENDS[name]
-        row["what"] = f"{backend.what} ({support.describe(backend)})"
-    else:
-        row["what"] = support.PLANNED[name]
     if why_not is not None:
         return {**row, "works": "no", "cause": why_not.cause, "fix": why_not.fix}
     return {**row, "step": try_step(name)}
@@ -57,7 +54,8 @@ def backend_row(name: str) -> dict[str, str]:
 
 def try_step(backend: str) -> str:
     """Take one step and look at what it did."""
-    device = (support.BACKENDS[backend].devices or ("cpu",))[0]
+    here = {"cpu", "cuda" if torch.cuda.is_available() else "xpu"}
+    device = next(d for d in support.BACKENDS[backend].devices or ("cpu",) if d in here)
     param = torch.nn.Parameter(torch.ones(5, device=device))
     param.grad = torch.ones_like(param)
     Ranger([param], lr=0.5, backend=backend).step()

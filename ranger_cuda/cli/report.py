@@ -22,6 +22,7 @@ from rich.table import Table
 import ranger_cuda
 
 from .corpus import Corpus
+from .errors import CommandError
 from .optimizers import OPTIMIZERS
 from .settings import Settings, as_dict
 from .training import SMOOTHING, History, Run
@@ -62,10 +63,25 @@ def describe(settings: Settings, text: Corpus, parameters: int) -> str:
     )
 
 
-def remove(out: Path) -> None:
-    """Remove the results of an earlier run."""
-    for name in (SUMMARY, HISTORY, CHART):
-        (out / name).unlink(missing_ok=True)
+def files_in(out: Path) -> list[Path]:
+    """Where a run's results lie in its output folder."""
+    return [out / name for name in (SUMMARY, HISTORY, CHART)]
+
+
+def make_room(out: Path) -> None:
+    """Make the output folder, and remove the results of an earlier run from it.
+
+    Raises:
+        CommandError: one of both is impossible.
+    """
+    doing = f"make the folder {out}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in files_in(out):
+            doing = f"remove {path}"
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot {doing}: {error.strerror}; choose another --out") from error
 
 
 def summarise(run: Run, settings: Settings) -> dict[str, Any]:

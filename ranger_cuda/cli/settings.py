@@ -34,6 +34,10 @@ EVERY_OPTIMIZER = "*"  # the key of a learning rate that was given without a nam
 # thread and up to 275 with two, on two cores with a load of 2.
 NARROW = 64
 
+# Some ten thousand crash PyTorch. What any real machine has must pass here too: a run goes on with
+# as many threads as it was started with, wherever that is.
+MOST_THREADS = max(1024, 4 * (os.cpu_count() or 1))
+
 # They say how long and how often, and leave every step as it is.
 _MAY_CHANGE_ON_RESUME = {"steps", "checkpoint_every", "evaluate_every"}
 
@@ -153,6 +157,11 @@ def _check(settings: Settings) -> None:
         raise CommandError(
             f"--width {settings.width} is no multiple of --heads {settings.heads}; "
             "every head needs the same number of channels"
+        )
+    if settings.threads > MOST_THREADS:
+        raise CommandError(
+            f"--threads {settings.threads} is far more than the {os.cpu_count()} CPUs here can "
+            f"use; give no more than {MOST_THREADS}"
         )
     try:
         torch.empty(0, device=settings.device)

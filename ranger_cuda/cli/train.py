@@ -30,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
         chosen = settings.resume(saved["settings"], vars(args))
     else:
         chosen = settings.resolve(vars(args))
-    text = corpus.load(chosen.data, chosen.max_bytes, chosen.context, exclude=out)
+    from . import report
+
+    own_files = [*checkpoint.files_in(out), *report.files_in(out)]
+    text = corpus.load(chosen.data, chosen.max_bytes, chosen.context, exclude=own_files)
     if saved:
         _check_continuation(saved, chosen, text)
     if torch.device(chosen.device).type == "cuda":
@@ -63,7 +66,7 @@ def _train_and_report(
             each.load_state_dict(saved["runs"][each.name])
         print(f"Resuming at step {done} of {chosen.steps}.", flush=True)
     else:
-        report.remove(out)  # an overwritten run's results must not pass for this one's
+        report.make_room(out)  # an overwritten run's results must not pass for this one's
     saved_at = done if saved else -1
 
     def save() -> None:
@@ -95,8 +98,14 @@ def _train_and_report(
     summaries = [report.summarise(each, chosen) for each in runs]
     console.print(report.table(summaries))
     print(report.LEGEND)
-    files = report.write_numbers(out, summaries, runs, chosen, text)
-    files.append(report.draw(out, runs, chosen, title))
+    try:
+        files = report.write_numbers(out, summaries, runs, chosen, text)
+        files.append(report.draw(out, runs, chosen, title))
+    except OSError as error:
+        raise CommandError(
+            f"cannot write {error.filename or out}: {error.strerror or error}; the checkpoint is "
+            f"safe: make room there, and write the results with --resume{_out_flag(args)}"
+        ) from error
     print(f"Wrote {', '.join(file.name for file in files)} to {args.out}")
     return 0
 
@@ -114,7 +123,7 @@ def _content(step: int, chosen: Settings, text: corpus.Corpus, runs: list[Run]) 
 def _saved_run(out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """The checkpoint to go on from, if there is one and going on was asked for."""
     path = checkpoint.path_in(out)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, it never raises
         if args.resume:
             print(f"Nothing to resume in {args.out}: starting from step 0.", flush=True)
         return None

@@ -1,0 +1,438 @@
+"""The Triton backend's plan: what ``_C.StepPlan`` is to the compiled kernels, in Python.
+
+It needs nothing compiled: torch for memory and streams, NumPy for the tables, which are those of
+``csrc/cuda/tables.h``. Everything that stays from step to step is on the device; a step compares,
+uploads the addresses that changed, and launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tensors import local, plain, plain_grad
+
+if TYPE_CHECKING:
+    from ..dispatch import Rule, Signals
+    from ..hyperparameters import Hyperparameters
+
+# Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
+CHUNK = 8192
+BLOCK = {torch.float32: 1024, torch.float64: 512}
+SCHEDULE_BLOCK = 128
+NUM_WARPS = 4
+
+
+def load_kernels() -> ModuleType:
+    """The kernels; Triton is imported where they are first needed."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """Dimensions of more than one element, the largest stride first (``csrc/plan.h``)."""
+    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != 1]
+    strides = tensor.stride()
+    return sorted(dims, key=lambda dim: -strides[dim])
+
+
+class Memory:
+    """Where a tensor lies. The tensor itself is not held: what it is now is compared each step."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        where = local(tensor)
+        self.key = (where.data_ptr(), where.dtype, where.shape, where.stride())
+        real = plain(tensor)
+        self.address = real.data_ptr()
+        self.shape = real.shape
+        self.stride = real.stride()
+
+    def is_that_of(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` lies there."""
+        where = local(tensor)
+        return self.key == (where.data_ptr(), where.dtype, where.shape, where.stride())
+
+
+class Row:
+    """One parameter, as it was when the plan was made."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        group: int,
+        name: str,
+        state: dict[str, Any],
+        streams: Sequence[str | None],
+        step_name: str,
+    ) -> None:
+        real = plain(param)
+        self.group = group
+        self.name = name
+        self.dtype = real.dtype
+        self.device = real.device
+        self.numel = real.numel()
+        self.order = memory_order(real)
+        self.param = Memory(param)
+        self.streams = [None if key is None else Memory(state[key]) for key in streams]
+        self.step = Memory(state[step_name])
+        known = zip((*streams, step_name), (*self.streams, self.step), strict=True)
+        self.state: list[tuple[str, weakref.ref[Tensor], Memory]] = [
+            (key, weakref.ref(state[key]), memory)
+            for key, memory in known
+            if key is not None and memory is not None
+        ]
+        self.gradient_stride = self.param.stride  # until one is seen
+
+    def fits(self, param: Tensor, state: dict[str, Any]) -> bool:
+        """Whether parameter and state are what and where they were."""
+        for key, known, memory in self.state:
+            tensor = known()
+            if tensor is None or not memory.is_that_of(tensor) or state.get(key) is not tensor:
+                return False
+        return self.param.is_that_of(param)
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """The gradient as the kernels read it."""
+        gradient = param.grad
+        assert gradient is not None
+        ready = (
+            type(gradient) is Tensor
+            and gradient.dtype == self.dtype
+            and gradient.device == self.device
+            and gradient.layout == torch.strided
+            and gradient.shape == self.param.shape
+            and not gradient.is_neg()
+        )
+        return gradient if ready else plain_grad(param, self.name)
+
+    def strides(self) -> list[list[int]]:
+        """Of each stream, in the parameter's memory order; side by side where there is none."""
+        consecutive = [1] * len(self.order)
+        for i in range(len(self.order) - 1, 0, -1):
+            consecutive[i - 1] = consecutive[i] * self.param.shape[self.order[i]]
+        given = [None if memory is None else memory.stride for memory in self.streams]
+        return [
+            consecutive if stride is None else [stride[dim] for dim in self.order]
+            for stride in (self.param.stride, self.gradient_stride, *given, None)
+        ]
+
+    @property
+    def is_strided(self) -> bool:
+        """Whether the elements of a stream are not side by side."""
+        *streams, consecutive = self.strides()
+        return any(stride != consecutive for stride in streams)
+
+    def layout_words(self) -> list[int]:
+        """Number of dimensions, sizes, and the strides of each stream."""
+        *streams, _ = self.strides()
+        sizes = [self.param.shape[dim] for dim in self.order]
+        return [len(self.order), *sizes, *(n for stride in streams for n in stride)]
+
+
+class Launch(NamedTuple):
+    """The chunks of all tensors of one kind."""
+
+    dtype: torch.dtype
+    strided: bool
+    first_chunk: int
+    chunks: int
+
+
+class DeviceTables:
+    """The tables of one device's rows, and its launches (``csrc/cuda/geometry.h``)."""
+
+    def __init__(self, rows: list[Row], device: torch.device) -> None:
+        self.device = device
+        kind_of = {row: (row.dtype, row.is_strided) for row in rows}
+        self.rows = sorted(rows, key=lambda row: (row.dtype.itemsize, kind_of[row][1]))
+        words: list[int] = []
+        places = []
+        for row in self.rows:
+            strided = kind_of[row][1]
+            places.append(len(words) if strided else -1)
+            if strided:
+                words += row.layout_words()
+        self.layouts = self._to_device(np.array(words or [0], dtype=np.int64))
+        records = np.zeros((len(self.rows), 9), dtype=np.int64)
+        for record, row, place in zip(records, self.rows, places, strict=True):
+            memories = (row.param, None, *row.streams)
+            record[:5] = [0 if memory is None else memory.address for memory in memories]
+            record[5] = row.numel
+            record[6] = row.step.address
+            record[7] = 0 if place < 0 else self.layouts.data_ptr() + 8 * place
+            record[8] = row.group | (row.dtype == torch.float64) << 32
+        chunks = [-(-row.numel // CHUNK) for row in self.rows]
+        table = np.zeros((sum(chunks), 2), dtype=np.int32)
+        table[:, 0] = np.repeat(np.arange(len(self.rows)), chunks)
+        firsts = np.concatenate([[0], np.cumsum(chunks)])
+        table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
+        self.records = self._to_device(records)
+        self.scalars = self._to_device(np.zeros((len(self.rows), 11), dtype=np.int64))
+        self.chunks = self._to_device(table)
+        kinds = [kind_of[row] for row in self.rows]
+        self.launches = [
+            Launch(
+                *kind, int(firsts[first]), int(firsts[first + kinds.count(kind)] - firsts[first])
+            )
+            for kind in dict.fromkeys(kinds)
+            for first in [kinds.index(kind)]
+        ]
+        self._uploaded: dict[str, tuple[list[int], Tensor]] = {}
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def upload(self, name: str, words: list[int]) -> Tensor:
+        """``words`` on the device; those of the last step, if they are these. Nothing waits for it.
+
+        In a capture they travel as arguments of launches, so that every replay has its own.
+        """
+        if is_capturing(self.device):
+            table = torch.empty(-(-len(words) // 8) * 8, dtype=torch.int64, device=self.device)
+            kernels = load_kernels()
+            for first in range(0, len(words), 8):
+                eight = (words[first : first + 8] + [0] * 8)[:8]
+                kernels.write_words[(1,)](table, first, *eight)
+            return table
+        before, table = self._uploaded.get(name, ([], torch.empty(0)))
+        if before != words:
+            host = torch.tensor(words, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+            table = host.to(self.device, non_blocking=True)
+            self._uploaded[name] = (words, table)
+        return table
+
+
+class TritonPlan:
+    """The rows of one optimizer that Triton's kernels move."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._entries: list[tuple[weakref.ref[Tensor], int, str, int]] = []
+        self._rows: list[Row] = []
+        self._devices: list[torch.device] = []
+        self._tables: dict[torch.device, DeviceTables] = {}
+        self._captured: list[DeviceTables] = []  # which a graph reads, as long as the plan lives
+        self._active: dict[Row, Tensor | None] = {}  # what moves now, and its gradient
+
+    def add_row(
+        self,
+        param: Tensor,
+        group: int,
+        name: str,
+        backend: str,
+        state: dict[str, Any],
+        streams: Sequence[str | None],
+        step_name: str,
+    ) -> None:
+        """A parameter that this plan moves; as ``_C.StepPlan.add_row``."""
+        self._entries.append((weakref.ref(param), group, "row", len(self._rows)))
+        self._rows.append(Row(param, group, name, state, streams, step_name))
+
+    def add_idle(self, param: Tensor, group: int) -> None:
+        """A parameter without state: the plan holds as long as it has no gradient."""
+        self._entries.append((weakref.ref(param), group, "idle", -1))
+
+    def add_foreign(self, param: Tensor, group: int) -> None:
+        """A parameter that is none of this plan's business."""
+        self._entries.append((weakref.ref(param), group, "foreign", -1))
+
+    def finish(self, optimizer_state: dict[Tensor, Any]) -> None:
+        """All parameters have been added."""
+        self._devices = list(dict.fromkeys(row.device for row in self._rows))
+
+    def devices(self) -> list[torch.device]:
+        """Those of the rows."""
+        return self._devices
+
+    def has_cpu_rows(self) -> bool:
+        """None that the host moves."""
+        return False
+
+    def collect(
+        self,
+        param_groups: list[dict[str, Any]],
+        optimizer_state: dict[Tensor, Any],
+        moved: list[bool] | None = None,
+    ) -> bool:
+        """Whether the plan still describes this optimizer; if so, what moves now is noted."""
+        found: list[tuple[Tensor, int]] = [
+            (param, i) for i, group in enumerate(param_groups) for param in group["params"]
+        ]
+        if len(found) != len(self._entries):
+            return False
+        self._active = {}
+        for position, ((param, group), entry) in enumerate(zip(found, self._entries, strict=True)):
+            known, known_group, kind, index = entry
+            if known() is not param or known_group != group:
+                return False
+            moves = param.grad is not None if moved is None else moved[position]
+            if kind == "idle" and moves:
+                return False
+            if kind != "row":
+                continue
+            row = self._rows[index]
+            state = optimizer_state.get(param)
+            if state is None or not row.fits(param, state):
+                return False
+            if moves:
+                self._active[row] = None if moved is not None else self._gradient(row, param)
+        for device in self._devices:
+            if device not in self._tables:
+                rows = [row for row in self._rows if row.device == device]
+                self._tables[device] = DeviceTables(rows, device)
+        return True
+
+    def _gradient(self, row: Row, param: Tensor) -> Tensor:
+        gradient = row.gradient(param)
+        if gradient.stride() != row.gradient_stride:
+            row.gradient_stride = gradient.stride()
+            self._tables.pop(row.device, None)  # they have the strides
+        return gradient
+
+    def launch(
+        self,
+        hypers: Sequence[Hyperparameters],
+        unscale: float,
+        norm: float,
+        signals: Sequence[Signals],
+        num_threads: int,
+    ) -> None:
+        """Count a step for the collected rows and run the rule on them.
+
+        ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
+        """
+        for device, signal in zip(self._devices, signals, strict=True):
+            tables = self._tables[device]
+            # 1 for a parameter that moves without: the rule reads none, or it is empty.
+            gradients = [
+                self._address(self._active[row]) if row in self._active else 0
+                for row in tables.rows
+            ]
+            with on_device(device):
+                self._launch_on(tables, gradients, hypers, signal)
+        self._active = {}
+
+    @staticmethod
+    def _address(gradient: Tensor | None) -> int:
+        return 1 if gradient is None else gradient.data_ptr() or 1
+
+    def _launch_on(
+        self,
+        tables: DeviceTables,
+        gradients: list[int],
+        hypers: Sequence[Hyperparameters],
+        signal: Signals,
+    ) -> None:
+        kernels = load_kernels()
+        at = tables.upload("gradients", gradients)
+        groups = tables.upload("groups", group_words(hypers, signal.lr))
+        self._keep_if_captured(tables)
+        count = len(tables.rows)
+        kernels.schedule_kernel[(-(-count // SCHEDULE_BLOCK),)](
+            tables.records,
+            tables.scalars,
+            at,
+            groups,
+            count,
+            signal.grad_scale,
+            signal.found_inf,
+            signal.norm,
+            BLOCK=SCHEDULE_BLOCK,
+            enable_fp_fusion=False,
+        )
+        if self._rule.name == "LOOKAHEAD":
+            self._pass(tables, swap=False)
+            return
+        for launch in tables.launches:
+            if launch.chunks:
+                kernels.radam_kernel[(launch.chunks,)](
+                    tables.records,
+                    tables.scalars,
+                    tables.chunks,
+                    at,
+                    launch.first_chunk,
+                    **options(kernels, launch),
+                )
+
+    def swap(self, num_threads: int) -> None:
+        """Parameters and slow weights change places, those of all rows. After a ``collect``."""
+        for device in self._devices:
+            with on_device(device):
+                self._keep_if_captured(self._tables[device])
+                self._pass(self._tables[device], swap=True)
+
+    @staticmethod
+    def _pass(tables: DeviceTables, *, swap: bool) -> None:
+        kernels = load_kernels()
+        for launch in tables.launches:
+            if launch.chunks:
+                kernels.slow_kernel[(launch.chunks,)](
+                    tables.records,
+                    tables.scalars,
+                    tables.chunks,
+                    launch.first_chunk,
+                    SWAP=swap,
+                    **options(kernels, launch),
+                )
+
+    def _keep_if_captured(self, tables: DeviceTables) -> None:
+        if is_capturing(tables.device):
+            self._captured.append(tables)
+
+
+def options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
+    """What a kernel of this kind is compiled with."""
+    tl = kernels.tl
+    return {
+        "T": tl.float64 if launch.dtype == torch.float64 else tl.float32,
+        "STRIDED": launch.strided,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK[launch.dtype],
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+    }
+
+
+def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None]) -> list[int]:
+    """The hyperparameters of all groups, as the schedule kernel reads them."""
+    words = []
+    for hyper, lr in zip(hypers, lrs, strict=True):
+        bits = np.array(
+            [
+                hyper.lr,
+                hyper.beta1,
+                hyper.beta2,
+                hyper.eps,
+                hyper.weight_decay,
+                hyper.rho_threshold,
+                hyper.alpha,
+                0.0,
+                hyper.max_grad_norm,
+            ],
+            dtype=np.float64,
+        ).view(np.int64)
+        bits[7] = hyper.k
+        words += bits.tolist()
+        words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
+        words += [0, 0] if lr is None else [lr.data_ptr(), int(lr.dtype == torch.float64)]
+    return words
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now becomes part of a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, kernels are launched on ``device``."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()  # Triton's interpreter
+    return torch.get_device_module(device).device(device)

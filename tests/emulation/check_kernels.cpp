@@ -1,0 +1,447 @@
+// Steps plans through the emulated kernels and through a plain loop over the same rule, and
+// compares every byte of every buffer after every step: elements, the gaps of strided layouts, what
+// lies before and behind, and gradients, which nothing may write. Prints the first difference and
+// exits with 1. The argument "brief" leaves out what takes long with a sanitizer.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "radam_lookahead.h"
+
+namespace ranger {
+namespace {
+
+// --- memory ------------------------------------------------------------------------------------
+
+// Around every buffer; AddressSanitizer has better ones of its own.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGuard = 0;
+#else
+constexpr size_t kGuard = 64;
+#endif
+
+// What the kernels work on, and next to it what the plain loop makes of the same bytes.
+class Buffer {
+ public:
+  Buffer() = default;
+  // `offset` bytes from a 16-byte boundary.
+  Buffer(size_t offset, size_t size)
+      : start_(kGuard + offset), memory_(new char[start_ + size + kGuard]) {
+    expected_.assign(start_ + size + kGuard, '\xa5');
+    publish();
+  }
+
+  explicit operator bool() const { return memory_ != nullptr; }
+  char* data() const { return memory_.get() + start_; }
+  char* expected() { return expected_.data() + start_; }
+  // The kernels are to see what was put into expected().
+  void publish() { std::copy(expected_.begin(), expected_.end(), memory_.get()); }
+
+  std::string difference() const {
+    for (size_t i = 0; i < expected_.size(); ++i) {
+      if (memory_[i] == expected_[i]) continue;
+      return "byte " + std::to_string(static_cast<int64_t>(i) - static_cast<int64_t>(start_)) +
+             " of " + std::to_string(expected_.size() - start_ - kGuard) + " is " +
+             std::to_string(memory_[i]) + ", not " + std::to_string(expected_[i]);
+    }
+    return "";
+  }
+
+ private:
+  size_t start_ = 0;
+  std::unique_ptr<char[]> memory_;
+  std::vector<char> expected_;
+};
+
+// Where the elements of a stream lie, in elements, counted up like an odometer.
+std::vector<int64_t> element_offsets(const TensorRow& row, int stream) {
+  std::vector<int64_t> offsets;
+  const Strides& strides = row.strides[stream];
+  std::vector<int64_t> digits(row.sizes.size(), 0);
+  int64_t offset = 0;
+  for (int64_t i = 0; i < row.numel; ++i) {
+    offsets.push_back(strides.empty() ? i : offset);
+    for (size_t dim = row.sizes.size(); !strides.empty() && dim-- > 0;) {
+      offset += strides[dim];
+      if (++digits[dim] < row.sizes[dim]) break;
+      offset -= strides[dim] * row.sizes[dim];
+      digits[dim] = 0;
+    }
+  }
+  return offsets;
+}
+
+// --- a plan ------------------------------------------------------------------------------------
+
+class Random {
+ public:
+  explicit Random(uint32_t seed) : engine_(seed) {}
+
+  int64_t below(int64_t bound) {
+    return std::uniform_int_distribution<int64_t>(0, bound - 1)(engine_);
+  }
+  bool one_in(int64_t n) { return below(n) == 0; }
+  template <typename T>
+  T of(std::initializer_list<T> choices) {
+    return choices.begin()[below(static_cast<int64_t>(choices.size()))];
+  }
+  // Over many decades, zeros and denormals of float32 among them.
+  double number() {
+    if (one_in(30)) return 0.0;
+    const double value = std::normal_distribution<double>()(engine_);
+    return one_in(30) ? value * 1e-39 : value * std::pow(10.0, static_cast<double>(below(7)) - 4);
+  }
+
+ private:
+  std::mt19937 engine_;
+};
+
+struct Parameter {
+  std::array<Buffer, kStreams> streams;
+  std::array<int64_t, kStreams> misalignment;  // elements after a 16-byte boundary
+  Buffer step;
+};
+
+struct Case {
+  const char* name;
+  int rows;
+  int groups;
+  int steps;
+  bool mixed;         // data types and devices
+  int64_t strided;    // of 3 rows
+  int64_t max_numel;  // of consecutive rows
+};
+
+constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "slow_param"};
+
+class Check {
+ public:
+  Check(const Case& of, uint32_t seed) : case_(of), random_(seed) {
+    for (int i = 0; i < of.groups; ++i) hypers_.push_back(draw_group());
+    for (int i = 0; i < of.rows; ++i) add_row();
+  }
+
+  // What differs first; nothing if all is as it should be.
+  std::string run() {
+    for (step_ = 1; step_ <= case_.steps; ++step_) {
+      draw_gradients();
+      draw_signals();
+      for (cuda::DevicePlan& device : devices_) device.prepare(rows_);
+      const bool alone = step_ % 5 == 4;  // the interpolation, as after another optimizer's step
+      for (cuda::DevicePlan& device : devices_) {
+        device.schedule(rows_, active_, hypers_, signals_, nullptr);
+        alone ? device.lookahead(nullptr) : device.radam(rows_, active_, nullptr);
+      }
+      for (int i = 0; i < case_.rows; ++i) expect_step(i, alone);
+      std::string found = difference(alone ? "interpolation" : "step");
+      if (found.empty() && step_ % 7 == 3) {
+        for (cuda::DevicePlan& device : devices_) device.swap(nullptr);
+        for (int i = 0; i < case_.rows; ++i) expect_swap(i);
+        found = difference("swap");
+      }
+      if (!found.empty()) return found;
+    }
+    return "";
+  }
+
+ private:
+  Hyperparameters draw_group() {
+    Hyperparameters h = {};
+    h.beta1 = random_.of({0.0, 0.9, 0.95});
+    h.beta2 = random_.of({0.5, 0.99, 0.999});
+    h.eps = random_.of({1e-8, 1e-5});
+    h.weight_decay = random_.of({0.0, 0.01, 0.3});
+    h.rho_threshold = random_.of({4.0, 5.0});
+    h.alpha = random_.of({0.0, 0.3, 0.5, 1.0});
+    h.k = random_.of<int64_t>({0, 1, 2, 5});
+    h.max_grad_norm = random_.of<double>({INFINITY, 0.5, 1e6});
+    h.decoupled_weight_decay = random_.one_in(2);
+    h.maximize = random_.one_in(3);
+    return h;
+  }
+
+  void add_row() {
+    TensorRow row;
+    row.device = static_cast<int32_t>(case_.mixed && random_.one_in(4) ? random_.below(3) - 1 : 0);
+    row.group = static_cast<int32_t>(random_.below(case_.groups));
+    row.dtype = case_.mixed && random_.one_in(3) ? DType::kFloat64 : DType::kFloat32;
+    const bool strided = random_.below(3) < case_.strided;
+    if (strided) {
+      for (int64_t dim = 2 + random_.below(3); dim > 0; --dim) {
+        const int64_t most = case_.max_numel > 0 ? 8 : 2;
+        row.sizes.push_back(random_.one_in(30) ? 0 : 1 + random_.below(most));
+      }
+    } else {
+      const int64_t chunks = cuda::kChunkSize * random_.below(5);
+      const int64_t any = random_.below(case_.max_numel);
+      const int64_t drawn = random_.of<int64_t>({0, 1, 3, 7, any, any, chunks, chunks + any % 9});
+      row.sizes = {std::min(drawn, case_.max_numel)};
+    }
+    row.numel = 1;
+    for (int64_t size : row.sizes) row.numel *= size;
+    const bool has_slow = hypers_[row.group].k > 0 && !random_.one_in(6);
+
+    Parameter parameter;
+    // All streams on a boundary, all beside it alike, one of them otherwise, or each as it comes.
+    const int64_t kind = random_.below(4);
+    const int64_t alike = kind == 0 ? 0 : random_.below(4);
+    parameter.misalignment.fill(alike);
+    if (kind == 2) parameter.misalignment[random_.below(kStreams)] = alike + 1;
+    if (kind == 3) {
+      for (int64_t& misalignment : parameter.misalignment) misalignment = random_.below(4);
+    }
+    for (int stream : {kParam, kExpAvg, kExpAvgSq, kSlowParam}) {
+      if (stream == kSlowParam && !has_slow) continue;
+      if (strided && random_.one_in(2)) row.strides[stream] = draw_strides(row, false);
+      make_stream(row, parameter, stream);
+    }
+    if (strided) row.strides[kGrad] = draw_strides(row, true);
+    parameter.step = Buffer(0, sizeof(float));
+    const float step = random_.of({0.0f, 0.0f, 4.0f, 1000.0f});
+    std::memcpy(parameter.step.expected(), &step, sizeof(step));
+    parameter.step.publish();
+    row.step = reinterpret_cast<float*>(parameter.step.data());
+    rows_.push_back(std::move(row));
+    parameters_.push_back(std::move(parameter));
+  }
+
+  // Dimensions in another order, with gaps, or, of gradients only, over the same memory again.
+  Strides draw_strides(const TensorRow& row, bool may_expand) {
+    Strides strides(row.sizes.size());
+    std::vector<size_t> order;
+    for (size_t dim = 0; dim < row.sizes.size(); ++dim) {
+      order.insert(order.begin() + random_.below(static_cast<int64_t>(dim) + 1), dim);
+    }
+    int64_t stride = 1 + random_.below(3);
+    for (size_t dim : order) {
+      strides[dim] = stride;
+      stride = stride * row.sizes[dim] + random_.below(2);
+    }
+    if (may_expand && random_.one_in(2))
+      strides[random_.below(static_cast<int64_t>(order.size()))] = 0;
+    return strides;
+  }
+
+  // New memory with new values for a stream.
+  void make_stream(TensorRow& row, Parameter& parameter, int stream) {
+    const std::vector<int64_t> offsets = element_offsets(row, stream);
+    int64_t extent = 0;
+    for (int64_t offset : offsets) extent = std::max(extent, offset + 1);
+    const int64_t item = item_size(row.dtype);
+    const int64_t beside = parameter.misalignment[stream] * item;
+    Buffer buffer(beside % 16, extent * item);
+    for (int64_t offset : offsets) {
+      double value = random_.number();
+      if (stream == kExpAvgSq) value = std::fabs(value);
+      if (row.dtype == DType::kFloat64) {
+        reinterpret_cast<double*>(buffer.expected())[offset] = value;
+      } else {
+        reinterpret_cast<float*>(buffer.expected())[offset] = static_cast<float>(value);
+      }
+    }
+    buffer.publish();
+    row.data[stream] = buffer.data();
+    parameter.streams[stream] = std::move(buffer);
+  }
+
+  // Elsewhere in every step. A row without one keeps the address of the last: nothing is there.
+  void draw_gradients() {
+    active_.assign(rows_.size(), false);
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      Parameter& parameter = parameters_[i];
+      active_[i] = !random_.one_in(5);
+      if (active_[i]) {
+        if (!rows_[i].strides[kGrad].empty() && random_.one_in(40)) {
+          rows_[i].strides[kGrad] = draw_strides(rows_[i], true);
+          for (cuda::DevicePlan& device : devices_) device.forget();
+        }
+        make_stream(rows_[i], parameter, kGrad);
+      } else {
+        parameter.streams[kGrad] = Buffer();
+      }
+    }
+  }
+
+  cuda::DeviceScalar on_device(double value, bool as_float64) {
+    scalars_.emplace_back(0, as_float64 ? sizeof(double) : sizeof(float));
+    const float rounded = static_cast<float>(value);
+    std::memcpy(scalars_.back().expected(),
+                as_float64 ? static_cast<void*>(&value) : const_cast<float*>(&rounded),
+                as_float64 ? sizeof(double) : sizeof(float));
+    scalars_.back().publish();
+    return {scalars_.back().data(), as_float64};
+  }
+
+  void draw_signals() {
+    scalars_.clear();
+    signals_ = {};
+    found_inf_ = false;
+    unscale_ = 1.0;
+    if (step_ % 3 == 0) {
+      const float loss_scale = random_.of({0.25f, 1024.0f, 3.0f});
+      signals_.grad_scale = on_device(loss_scale, random_.one_in(2));
+      unscale_ = 1.0 / static_cast<double>(loss_scale);
+    }
+    if (step_ % 2 == 0) {
+      found_inf_ = step_ % 4 == 2;
+      signals_.found_inf = on_device(found_inf_ ? 1.0 : 0.0, false);
+    }
+    const bool as_float64 = random_.one_in(2);
+    norm_ = random_.of({0.01, 0.7, 123.0});
+    signals_.norm = on_device(norm_, as_float64);
+    if (!as_float64) norm_ = static_cast<double>(static_cast<float>(norm_));
+    for (Hyperparameters& hyper : hypers_) {
+      const int64_t kind = random_.below(3);
+      const double lr = random_.of({1e-3, 0.03, 0.3});
+      hyper.lr = kind == 2 ? lr : NAN;  // not to be used where the device has one
+      signals_.lr.push_back(kind == 2 ? cuda::DeviceScalar() : on_device(lr, kind == 1));
+    }
+  }
+
+  // --- the same without kernels ------------------------------------------------------------------
+
+  Hyperparameters hyper_of(int i) const {
+    Hyperparameters hyper = hypers_[rows_[i].group];
+    const cuda::DeviceScalar& lr = signals_.lr[rows_[i].group];
+    if (lr.data != nullptr) hyper.lr = lr.read();
+    return hyper;
+  }
+
+  void expect_step(int i, bool alone) {
+    if (rows_[i].device == kCpu || !active_[i] || found_inf_) return;
+    float step;
+    std::memcpy(&step, parameters_[i].step.expected(), sizeof(step));
+    step += 1.0f;
+    std::memcpy(parameters_[i].step.expected(), &step, sizeof(step));
+    rows_[i].dtype == DType::kFloat64 ? expect_elements<double>(i, step, alone)
+                                      : expect_elements<float>(i, step, alone);
+  }
+
+  template <typename T>
+  void expect_elements(int i, float step, bool alone) {
+    const Hyperparameters hyper = hyper_of(i);
+    const Schedule now = ranger::schedule(hyper, static_cast<int64_t>(step));
+    const auto c = coefficients<T>(hyper, now, grad_scale(hyper, unscale_, norm_));
+    const bool sync = now.sync && parameters_[i].streams[kSlowParam];
+    std::array<std::vector<int64_t>, kStreams> at;
+    for (int stream = 0; stream < kStreams; ++stream) at[stream] = offsets_of(i, stream);
+    const auto element = [&](int stream, int64_t index) -> T& {
+      return reinterpret_cast<T*>(parameters_[i].streams[stream].expected())[at[stream][index]];
+    };
+    for (int64_t index = 0; index < rows_[i].numel; ++index) {
+      T& p = element(kParam, index);
+      if (!alone) {
+        T& m = element(kExpAvg, index);
+        T& v = element(kExpAvgSq, index);
+        const Element<T> x = ranger::radam(Element<T>{p, m, v}, element(kGrad, index), c,
+                                           c.weight_decay != T(0), now.rectified);
+        p = x.p;
+        m = x.m;
+        v = x.v;
+      }
+      if (sync) {
+        T& slow = element(kSlowParam, index);
+        p = slow = ranger::lookahead(p, slow, c.alpha);
+      }
+    }
+  }
+
+  void expect_swap(int i) {
+    const TensorRow& row = rows_[i];
+    Parameter& parameter = parameters_[i];
+    if (row.device == kCpu || !parameter.streams[kSlowParam]) return;
+    const size_t item = item_size(row.dtype);
+    const std::vector<int64_t> p = offsets_of(i, kParam), slow = offsets_of(i, kSlowParam);
+    for (int64_t index = 0; index < row.numel; ++index) {
+      char* const a = parameter.streams[kParam].expected() + p[index] * item;
+      std::swap_ranges(a, a + item, parameter.streams[kSlowParam].expected() + slow[index] * item);
+    }
+  }
+
+  std::vector<int64_t> offsets_of(int i, int stream) const {
+    return element_offsets(rows_[i], stream);
+  }
+
+  // --- comparison --------------------------------------------------------------------------------
+
+  std::string difference(const char* after) const {
+    for (int i = 0; i < case_.rows; ++i) {
+      const TensorRow& row = rows_[i];
+      const auto at = [&](const char* stream) {
+        return std::string(case_.name) + ", step " + std::to_string(step_) + ", after the " +
+               after + ", row " + std::to_string(i) + " (device " + std::to_string(row.device) +
+               (row.dtype == DType::kFloat64 ? ", float64, " : ", float32, ") +
+               std::to_string(row.numel) + " elements" +
+               (cuda::is_strided(row) ? ", strided" : "") + "), " + stream + ": ";
+      };
+      for (int stream = 0; stream < kStreams; ++stream) {
+        const std::string found = parameters_[i].streams[stream].difference();
+        if (!found.empty()) return at(kStreamNames[stream]) + found;
+      }
+      const std::string found = parameters_[i].step.difference();
+      if (!found.empty()) return at("step") + found;
+    }
+    for (const Buffer& scalar : scalars_) {
+      if (!scalar.difference().empty()) return "a scalar was written";
+    }
+    return "";
+  }
+
+  const Case case_;
+  Random random_;
+  std::vector<Hyperparameters> hypers_;
+  std::vector<TensorRow> rows_;
+  std::vector<Parameter> parameters_;
+  std::array<cuda::DevicePlan, 2> devices_ = {cuda::DevicePlan(0), cuda::DevicePlan(1)};
+
+  int step_ = 0;
+  std::vector<char> active_;
+  std::vector<Buffer> scalars_;
+  cuda::Signals signals_;
+  bool found_inf_ = false;
+  double unscale_ = 1.0;
+  double norm_ = 0.0;
+};
+
+// More rows than any launch takes, more groups than a schedule's launch does, and of all kinds.
+constexpr Case kCases[] = {
+    {"kinds", 60, 4, 20, true, 1, 5 * cuda::kChunkSize},
+    {"groups", 100, 3 * cuda::kScheduleGroups, 15, true, 1, cuda::kChunkSize},
+    {"launches", 540, 2, 15, false, 0, 20},
+    {"strided launches", 500, 2, 3, false, 3, 0},
+    {"schedules", cuda::kScheduleRows + 100, 2, 3, false, 0, 1},
+};
+constexpr Case kBriefCases[] = {{"brief", 40, 35, 15, true, 1, 3 * cuda::kChunkSize}};
+
+template <size_t kCount>
+int run(const Case (&cases)[kCount]) {
+  uint32_t seed = 0;
+  for (const Case& of : cases) {
+    const std::string found = Check(of, seed++).run();
+    if (found.empty()) continue;
+    std::printf("%s\n", found.c_str());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace ranger
+
+int main(int argc, char** argv) {
+  try {
+    const bool brief = argc > 1 && std::strcmp(argv[1], "brief") == 0;
+    return brief ? ranger::run(ranger::kBriefCases) : ranger::run(ranger::kCases);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,243 @@
+"""The CUDA kernels' source on the CPU, under sanitizers: every byte as a plain loop leaves it.
+
+Then with defects planted, each of which must be found: the check itself is checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from emulation.programs import CSRC, EMULATION, compile_object, link, run, why_not
+
+# A launch takes 500 gradients: all three sizes of its arguments are used.
+SMALL = [
+    "-g1",
+    "-DRANGER_EMULATE_CUDA",
+    "-DRANGER_CUDA_THREADS=4",
+    "-DRANGER_CUDA_CHUNK=64",
+    "-DRANGER_CUDA_CAPACITY=500",
+]
+# Unoptimised, a sanitizer sees more, and compiling takes a fifth of the time.
+BUILDS = {
+    "optimised": ["-O1"],
+    "plain": ["-O0"],
+    "address": ["-O0", "-fsanitize=address"],
+    "undefined": ["-O0", "-fsanitize=undefined,bounds-strict", "-fno-sanitize-recover=all"],
+    "thread": ["-O0", "-fsanitize=thread"],
+}
+BRIEF = {"thread": ["brief"]}  # locks, which the emulation is made of, take long there
+CHECK, LAUNCH, GEOMETRY = (
+    EMULATION / "check_kernels.cpp",
+    CSRC / "cuda/launch.cu",
+    CSRC / "cuda/geometry.cpp",
+)
+
+
+class Defect(NamedTuple):
+    """A text of csrc/cuda/, what to put in its place, and which build then says what."""
+
+    file: str
+    text: str
+    instead: str
+    build: str
+    evidence: str
+
+
+DIFFERS = r"step \d+, after the .*, row \d+ .* is -?\d+, not -?\d+"
+OVERRUN = "AddressSanitizer: (heap|stack)-"
+OUT_OF_BOUNDS = "runtime error: index -?\\d+ out of bounds"
+ANYTHING = ""  # it may crash before anything is compared
+MISALIGNED = "runtime error: .* misaligned address"
+
+DEFECTS = {
+    "middle_too_long": Defect(
+        "kernels.h",
+        "(count - head) / width * width",
+        "(count - head + width - 1) / width * width",
+        "address",
+        OVERRUN,
+    ),
+    "middle_one_pack_too_far": Defect(
+        "kernels.h", "i < middle; i +=", "i <= middle; i +=", "address", OVERRUN
+    ),
+    "tail_too_long": Defect("kernels.h", "i < singles;", "i <= singles;", "address", OVERRUN),
+    "tail_too_short": Defect("kernels.h", "i < singles;", "i < singles - 1;", "plain", DIFFERS),
+    "chunk_beyond_its_row": Defect(
+        "kernels.h", "rest < kChunkSize ? rest : kChunkSize", "kChunkSize", "address", OVERRUN
+    ),
+    "no_barrier": Defect(
+        "kernels.h", "thread.barrier();", "", "thread", "data race|ThreadSanitizer: SEGV"
+    ),
+    "gradients_of_the_first_launch": Defect(
+        "kernels.h",
+        "args.grads[chunk.row - args.first_row]",
+        "args.grads[chunk.row]",
+        "plain",
+        ANYTHING,
+    ),
+    "gradient_of_the_next_row": Defect(
+        "kernels.h",
+        "chunk.row - args.first_row]",
+        "chunk.row - args.first_row + 1]",
+        "plain",
+        ANYTHING,
+    ),
+    "step_in_spite_of_found_inf": Defect(
+        "kernels.h", "if (!active || overflown) {", "if (!active) {", "plain", DIFFERS
+    ),
+    "sync_in_spite_of_found_inf": Defect(
+        "kernels.h",
+        "scalars.flags = 0;",
+        "scalars.flags = active && row.data[kSlowParam] != nullptr ? kSync : 0;",
+        "plain",
+        DIFFERS,
+    ),
+    "strides_of_another_stream": Defect(
+        "kernels.h",
+        "sizes + ndim * (1 + stream)",
+        "sizes + ndim * (1 + (stream ^ 1))",
+        "plain",
+        ANYTHING,
+    ),
+    "gradient_s_alignment": Defect(
+        "kernels.h", "elements_to_boundary(s.g) == before", "true", "undefined", MISALIGNED
+    ),
+    "slow_weight_s_alignment": Defect(
+        "kernels.h",
+        "(!u.sync || elements_to_boundary(s.slow) == before)",
+        "true",
+        "undefined",
+        MISALIGNED,
+    ),
+    "group_of_the_first_launch": Defect(
+        "kernels.h", "row.group - args.first_group", "row.group", "plain", DIFFERS
+    ),
+    "too_few_arguments": Defect(
+        "launch.cu",
+        "launch.row_count > kCapacity",
+        "launch.row_count > kCapacity + 10",
+        "address",
+        OVERRUN,
+    ),
+    "too_few_arguments_of_strided_rows": Defect(
+        "geometry.cpp",
+        "std::min(capacity, kGradTiers[kStridedTier])",
+        "capacity",
+        "address",
+        OVERRUN,
+    ),
+    "last_chunk_dropped": Defect(
+        "geometry.cpp", "begin < numel;", "begin + kChunkSize <= numel;", "plain", DIFFERS
+    ),
+    "chunks_of_the_first_launch": Defect(
+        "geometry.cpp",
+        "last - first, first_chunks[first], chunks",
+        "last - first, 0, chunks",
+        "plain",
+        ANYTHING,
+    ),
+    "chunks_from_the_second_on": Defect(
+        "geometry.cpp",
+        "last - first, first_chunks[first], chunks",
+        "last - first, first_chunks[first] + 1, chunks",
+        "plain",
+        ANYTHING,
+    ),
+    "too_many_rows_for_a_schedule": Defect(
+        "geometry.cpp", "i - first < kScheduleRows &&", "", "undefined", OUT_OF_BOUNDS
+    ),
+    "too_many_groups_for_a_schedule": Defect(
+        "geometry.cpp",
+        "of_row < group + kScheduleGroups",
+        "of_row <= group + kScheduleGroups",
+        "plain",
+        DIFFERS,
+    ),
+}
+
+
+def build_of(name: str) -> str:
+    return DEFECTS[name].build if name in DEFECTS else name
+
+
+class Builder:
+    """Programs made side by side, of objects that are compiled once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.why_not = functools.cache(lambda build: why_not(folder, BUILDS[build]))
+        self.objects: dict[tuple[Path, str], Future[Path]] = {}
+        self.programs: dict[str, Future[Path]] = {}
+
+    def unchanged(self, source: Path, build: str) -> Future[Path]:
+        if (source, build) not in self.objects:
+            target = self.folder / f"{source.stem}_{build}.o"
+            options = SMALL + BUILDS[build]
+            self.objects[source, build] = self.pool.submit(compile_object, source, target, options)
+        return self.objects[source, build]
+
+    def changed(self, source: Path, name: str) -> Path:
+        csrc = self.folder / name / "csrc"
+        shutil.copytree(CSRC, csrc)
+        file = csrc / "cuda" / DEFECTS[name].file
+        text = file.read_text()
+        assert text.count(DEFECTS[name].text) == 1, f"{DEFECTS[name].text!r} is not there once"
+        file.write_text(text.replace(DEFECTS[name].text, DEFECTS[name].instead))
+        options = SMALL + BUILDS[DEFECTS[name].build]
+        target = self.folder / name / f"{source.stem}.o"
+        return compile_object(csrc / source.relative_to(CSRC), target, options, csrc)
+
+    def start(self, name: str) -> None:
+        """Compiles the check: a build of it as it is, or with the defect of this name."""
+        build = build_of(name)
+        if name in self.programs or self.why_not(build):
+            return
+        parts = [self.unchanged(CHECK, build)]
+        for source in (LAUNCH, GEOMETRY):
+            if name in DEFECTS and (DEFECTS[name].file == GEOMETRY.name) == (source == GEOMETRY):
+                parts.append(self.pool.submit(self.changed, source, name))
+            else:
+                parts.append(self.unchanged(source, build))
+        target = self.folder / f"check_{name}"
+        self.programs[name] = self.pool.submit(
+            lambda: link([part.result() for part in parts], target, BUILDS[build])
+        )
+
+    def program(self, name: str) -> Path:
+        if self.why_not(build_of(name)):
+            pytest.skip(self.why_not(build_of(name)))
+        self.start(name)
+        return self.programs[name].result()
+
+
+@pytest.fixture(scope="module")
+def builder(request, tmp_path_factory):
+    made = Builder(tmp_path_factory.mktemp("kernels"))
+    for item in request.session.items:  # while the first runs, the next are compiled
+        if item.path == request.path:
+            made.start(next(iter(item.callspec.params.values())))
+    yield made
+    made.pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_every_byte_is_the_plain_loop_s(builder, name):
+    done = run([builder.program(name), *BRIEF.get(name, [])])
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_planted_defect_is_found(builder, name):
+    done = run([builder.program(name), *BRIEF.get(DEFECTS[name].build, [])])
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert re.search(DEFECTS[name].evidence, said), said[-4000:]
