@@ -78,6 +78,13 @@ CONTESTANTS = [
         lambda p: ranger_cuda.RAdam(p, lr=1e-3, backend=p[0].device.type),
         "ranger_cuda",
     ),
+    Contestant(
+        "ranger triton",
+        lambda p: ranger_cuda.Ranger(p, lr=1e-3, backend="triton"),
+        "ranger_cuda",
+        bytes_per_parameter=RANGER_BYTES,
+        device="cuda",
+    ),
     Contestant("torch AdamW fused", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)),
     Contestant("torch AdamW foreach", lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True)),
     Contestant("torch RAdam foreach", lambda p: torch.optim.RAdam(p, lr=1e-3, foreach=True)),

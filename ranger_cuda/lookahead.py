@@ -37,13 +37,14 @@ class Lookahead(SlowWeights, Optimizer):
         optimizer: the inner optimizer.
         k: the Lookahead period, in optimizer steps; at least 1.
         alpha: the interpolation factor, in [0, 1].
-        backend: of the interpolation: "cpu", "reference", or None: by device and dtype.
+        backend: of the interpolation: "cuda", "triton", "cpu", "reference", or None: the fastest
+            that serves a parameter's device and dtype here.
 
     A parameter group may set ``lookahead_k`` and ``lookahead_alpha`` for itself (``alpha`` alone
     is a hyperparameter of other optimizers).
 
     State of a parameter: the inner optimizer's, ``slow_param`` (the parameter's shape; float32 for
-    low-precision parameters) and ``lookahead_step`` (float32 scalar on the CPU). ``slow_param``
+    low-precision parameters) and ``lookahead_step`` (float32 scalar). ``slow_param``
     starts as the parameter before its first update.
 
     Raises:

@@ -21,9 +21,10 @@ class RAdam(FusedOptimizer):
 
     Args:
         params: parameters, named parameters or parameter groups. float32, float64, complex64 and
-            complex128 run natively on the CPU; bfloat16, float16 and other devices on the
-            reference backend.
-        lr: learning rate, at least 0; a number or a 1-element tensor.
+            complex128 have kernels on the CPU and on GPUs; bfloat16, float16 and other devices are
+            moved by the reference backend.
+        lr: learning rate, at least 0; a number or a 1-element tensor. A tensor on a GPU is read
+            there, at every step and every replay of a CUDA graph; it is not checked.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the square root of the second moment, before bias correction as in
             ``torch.optim.RAdam``; above 0.
@@ -33,8 +34,8 @@ class RAdam(FusedOptimizer):
         rho_threshold: rectify when the length of the approximated SMA, rho_t, is above this. 4 as
             in the paper; 5 is ``torch.optim.RAdam``'s; not below 4.
         maximize: ascend instead of descend.
-        backend: "cpu", "reference", or None: the fastest that serves a parameter's device and
-            dtype. All return the same bits.
+        backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
+            parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact" keeps what rounding takes in
             the state (``residual``, int16; ``master``, float32); "nearest" loses it, as plain
             PyTorch does.
@@ -50,8 +51,8 @@ class RAdam(FusedOptimizer):
     Every argument from ``lr`` to ``maximize``, ``weight_rounding`` and ``max_grad_norm`` may be set
     for each parameter group.
 
-    State of a parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
-    (the parameter's shape).
+    State of a parameter: ``step`` (float32 scalar, on the CPU or where the kernels run),
+    ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape).
 
     Raises:
         ValueError: an argument is out of range; the message says what would be right.
