@@ -88,6 +88,12 @@ StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
         life->memory.reset();
       }) {}
 
+// Freeing a device's memory waits for the device, and other threads need not.
+StepPlan::~StepPlan() {
+  const py::gil_scoped_release released;
+  devices_.clear();
+}
+
 PyObject* StepPlan::watch(py::handle object) {
   watches_.emplace_back(object, on_death_);
   return object.ptr();
@@ -269,6 +275,7 @@ bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_s
                        const py::object& moved) {
   const Busy busy(*this);
   if (!find_active(param_groups, optimizer_state, moved)) return false;
+  const py::gil_scoped_release released;
   for (cuda::DevicePlan& plan : devices_) plan.prepare(rows_);
   return true;
 }
@@ -386,7 +393,7 @@ void StepPlan::launch_on_cpu(const std::vector<Hyperparameters>& hypers, const S
     row_scalars_[i] = &scalars_.back();
     *row.step = static_cast<float>(step);
   }
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   const auto run = rule_ == Rule::kRadam ? cpu::radam_step : cpu::lookahead_step;
   run(rows_, chunks_, row_scalars_, num_threads);
 }
@@ -399,6 +406,7 @@ void StepPlan::launch_on(cuda::DevicePlan& device, const std::vector<Hyperparame
   read.norm = scalar_of(signals.norm, device.device());
   for (const py::object& lr : signals.lr) read.lr.push_back(scalar_of(lr, device.device()));
   void* const stream = exchange_.current_stream(device.device());
+  const py::gil_scoped_release released;
   device.schedule(rows_, active_, hypers, read, stream);
   if (rule_ == Rule::kRadam) {
     device.radam(rows_, active_, stream);
@@ -419,9 +427,13 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
 
 void StepPlan::swap(int num_threads) {
   const Busy busy(*this);
-  for (cuda::DevicePlan& device : devices_) device.swap(exchange_.current_stream(device.device()));
+  for (cuda::DevicePlan& device : devices_) {
+    void* const stream = exchange_.current_stream(device.device());
+    const py::gil_scoped_release released;
+    device.swap(stream);
+  }
   if (!has_cpu_rows_) return;
-  py::gil_scoped_release released;
+  const py::gil_scoped_release released;
   cpu::swap_slow_weights(rows_, chunks_, num_threads);
 }
 

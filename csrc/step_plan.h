@@ -28,6 +28,9 @@ class StepPlan {
   // raise. Neither may hold the plan: Python's garbage collector does not see into it.
   StepPlan(Rule rule, const pybind11::capsule& exchange_api, pybind11::object plain,
            pybind11::object plain_grad);
+  ~StepPlan();
+  StepPlan(const StepPlan&) = delete;
+  StepPlan& operator=(const StepPlan&) = delete;
 
   // One of these for each parameter, in the order of the groups, then finish().
   //
@@ -70,6 +73,11 @@ class StepPlan {
   // `signals`: one for each of devices().
   void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
               const std::vector<Signals>& signals, int num_threads);
+
+  // Lets go of the gradients of a collect() that no launch() follows.
+  void release() {
+    if (!busy_) gradients_.clear();
+  }
 
   // Parameters and slow weights change places, those of all rows. After a collect().
   void swap(int num_threads);

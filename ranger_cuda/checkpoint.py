@@ -105,10 +105,11 @@ CPU = torch.device("cpu")
 def step_tensor(value: Any = 0.0, device: torch.device = CPU) -> Tensor:
     """A step count as it is kept: a float32 scalar, on the CPU as in ``torch.optim``, or where the
     kernels that count run."""
-    if not isinstance(value, Tensor):
-        value = torch.tensor(float(value))
-    # A copy: a checkpoint's own must not count along.
-    return local(value.detach()).reshape(()).to(device, torch.float32, copy=True)
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        # A copy: a checkpoint's own must not count along.
+        return local(value.detach()).reshape(()).to(device, torch.float32, copy=True)
+    value = local(value).item() if isinstance(value, Tensor) else value
+    return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
 def is_step_tensor(value: Any, device: torch.device = CPU) -> bool:

@@ -23,6 +23,7 @@ from .schedule import grad_scale
 from .tensors import (
     check_param,
     check_state,
+    is_capturing,
     is_count,
     local,
     on_accelerator,
@@ -135,21 +136,21 @@ class _Completion:
         on_host = backend in ("cpu", "reference")
         step_device = torch.device("cpu") if on_host else where.device
         known = self._state.get(param, {})
-        with torch.inference_mode(False):  # state made in it could not be written outside
-            missing = self._new_state(param, self._groups[group], known, step_device)
-        if missing and where.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"the state of {name} does not exist yet, and made now it would be made anew at "
-                "every replay of the CUDA graph: take a step before the capture"
-            )
-        whole = {**known, **missing}
-        check_state(param, whole, self._rule.streams, name)
-        count = whole[self._rule.step_name]
+        # Before it moves: on a device nobody looks at it.
+        count = known.get(self._rule.step_name, 0)
         if not on_accelerator(count) and not is_count(count):
             raise RuntimeError(
                 f"state {self._rule.step_name!r} of {name} is {count}, but it counts steps: a "
                 "whole number, at least 0"
             )
+        with torch.inference_mode(False):  # state made in it could not be written outside
+            missing = self._new_state(param, self._groups[group], known, step_device)
+        if missing and where.is_cuda and is_capturing():
+            raise RuntimeError(
+                f"the state of {name} does not exist yet, and made now it would be made anew at "
+                "every replay of the CUDA graph: take a step before the capture"
+            )
+        check_state(param, {**known, **missing}, self._rule.streams, name)
         if missing:
             self._missing[param] = missing
 
@@ -219,11 +220,28 @@ class Dispatcher:
             for position, (param, group, name) in self._foreign
             if moves(position, param)
         ]
+        if self._moves_from_host() and is_capturing():
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph: some parameters are moved from the "
+                "host (by the CPU's kernels or the reference backend, as low-precision ones and "
+                "those that share memory are), which a replay would not do"
+            )
+
+    def _moves_from_host(self) -> bool:
+        return bool(self._rows) or any(plan.has_cpu_rows() for plan in self._plans)
+
+    def release(self) -> None:
+        """Let go of the gradients of a step that is not taken."""
+        self._rows = []
+        for plan in self._plans:
+            plan.release()
 
     def _collect_native(self, *args: Any) -> bool:
         try:
             return all(plan.collect(*args) for plan in self._plans)
         except torch.OutOfMemoryError:
+            if is_capturing():
+                raise
             torch.cuda.empty_cache()  # a compiled plan's tables are not torch's allocator's
             return all(plan.collect(*args) for plan in self._plans)
 
@@ -241,8 +259,9 @@ class Dispatcher:
             for plan in self._plans
         ]
         unscale = norm = 1.0
-        if self._rows or any(plan.has_cpu_rows() for plan in self._plans):
+        if self._moves_from_host():
             if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
+                self.release()
                 return
             scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
             unscale = 1.0 / scale if scale else math.inf  # as on a device

@@ -16,7 +16,7 @@ from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
-from .tensors import check_param, local
+from .tensors import check_param, is_capturing, local
 
 STATE_NAMES = ("slow_param", "lookahead_step")
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
@@ -185,6 +185,11 @@ class Lookahead(SlowWeights, Optimizer):
         }
         if not lacking:
             return {}
+        if is_capturing():
+            raise RuntimeError(
+                "slow weights made in a capture would be made anew at every replay of the CUDA "
+                "graph: take a step before the capture"
+            )
         for param, _, name in members(self.param_groups):
             if param in lacking:
                 check_param(param, name)

@@ -104,6 +104,7 @@ class FusedOptimizer(Optimizer):
             scaling = Scaling(getattr(self, "grad_scale", None), found_inf, norm)
             self._dispatcher.launch(hypers, scaling)
         except BaseException:
+            self._dispatcher.release()
             # GradScaler takes them back from a step that returns; left here, they would scale
             # the next step as well.
             self.__dict__.pop("grad_scale", None)

@@ -98,6 +98,12 @@ def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
             "RANGER_BACKENDS=cuda: pip install --force-reinstall --no-deps ranger_cuda "
             "(from a clone: pip install .)",
         )
+    if not torch.cuda.is_available():
+        return Obstacle(
+            f"torch {torch.__version__} finds no CUDA device",
+            "install a build of torch for CUDA, see https://pytorch.org/get-started/locally/, and "
+            "look at what nvidia-smi says",
+        )
     if not built["cuda_device"]["devices"]:
         return Obstacle(
             f"no CUDA device can be used: {built['cuda_device']['error']}",

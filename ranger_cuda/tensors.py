@@ -26,6 +26,11 @@ def on_accelerator(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type not in HOST
 
 
+def is_capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor itself."""
     if not isinstance(tensor, DTensor):

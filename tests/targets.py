@@ -104,5 +104,6 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
     cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))
     patch.setitem(support.BACKENDS, "cuda", cuda)
     patch.setattr(support, "extension", lambda: module)
+    patch.setattr(support, "_cuda_obstacle", lambda extension: None)
     patch.setattr(support, "device", lambda index: torch.device("cpu"))
     return Target("cuda", torch.device("cpu"), small=True)

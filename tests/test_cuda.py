@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, support
+from ranger_cuda import Lookahead, RAdam, Ranger, dispatch, support
 from ranger_cuda.dispatch import RANGER
 from ranger_cuda.tensors import plain, plain_grad
 
@@ -329,3 +329,37 @@ def test_grad_scaler_skips_and_unscales(amp_scaling):
             b[0].grad = gradient
             second.step()
             assert_same(first, second, a, b, f"step {seed}")
+
+
+@on_gpu
+def test_what_the_host_moves_is_not_captured():
+    params = [*gpu_params((40,)), torch.nn.Parameter(torch.randn(7, device="cuda").bfloat16())]
+    optimizer = Ranger(params)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    torch.cuda.synchronize()
+    for param, value in zip(params, before, strict=True):
+        assert_same_bits(param, value, "after the refusal")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_capture_of_what_the_host_moves_is_refused(dtype, monkeypatch):
+    """Emulated: the capture is only said to be under way."""
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    optimizer = Ranger([param])
+    optimizer.step()
+    monkeypatch.setattr(dispatch, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+    monkeypatch.undo()
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2

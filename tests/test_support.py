@@ -51,8 +51,6 @@ def test_a_backend_that_cannot_run_says_cause_fix_and_diagnosis(backend):
     if support.obstacle(backend) is None:
         pytest.skip("it can")
     message = rf"backend='{backend}' cannot run here: .*install.*ranger_cuda info"
-    if backend == "cuda" and support.extension().build_info()["cuda"]:
-        message = r"no CUDA device can be used: .*nvidia-smi.*ranger_cuda info"
     with pytest.raises(RuntimeError, match=message):
         Ranger([torch.nn.Parameter(torch.ones(1))], backend=backend)
 

@@ -141,7 +141,7 @@ def test_a_captured_step_has_its_tables_in_the_graph(interpreted, monkeypatch):
     first, second = Ranger(a, k=2, backend="triton"), Ranger(b, k=2, backend="reference")
     for seed in range(5):
         if seed == 2:
-            monkeypatch.setattr(triton_plan, "is_capturing", lambda device: True)
+            monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
         generator = torch.Generator().manual_seed(seed)
         give_gradients([torch.randn(p.shape, generator=generator) for p in b], a, b)
         first.step()

@@ -64,7 +64,7 @@ void by_kind(const Launch& launch, F32 f32, F32Strided f32_strided, F64 f64,
 }  // namespace
 
 void DevicePlan::prepare(const std::vector<TensorRow>& rows) {
-  if (tables_) return;
+  if (tables_ && !stale_) return;
   const DeviceGuard guard(device_);
   require<ScheduleKernel>();
   Geometry geometry = make_geometry(rows, device_, grad_capacity());
@@ -97,6 +97,7 @@ void DevicePlan::prepare(const std::vector<TensorRow>& rows) {
   geometry.chunks = {};  // the device has them now
   geometry_ = std::move(geometry);
   tables_ = std::move(tables);
+  stale_ = false;
 }
 
 Tables DevicePlan::tables(int64_t first_chunk) const {

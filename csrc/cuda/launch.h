@@ -26,7 +26,7 @@ class DevicePlan {
   // Brings the tables to the device, if the rows are not those of the last call. May fail; the
   // launches after it can only where the device does.
   void prepare(const std::vector<TensorRow>& rows);
-  void forget() { tables_.reset(); }
+  void forget() { stale_ = true; }
 
   // Counts a step for each active row and finds its scalars. `active`: for each row of the plan.
   void schedule(const std::vector<TensorRow>& rows, const std::vector<char>& active,
@@ -45,6 +45,7 @@ class DevicePlan {
   void pass(void* stream);
 
   int32_t device_;
+  bool stale_ = false;
   Geometry geometry_;
   std::shared_ptr<const DeviceTables> tables_;
 };

@@ -116,8 +116,9 @@ void keep_while_captured(void* stream, const std::shared_ptr<const void>& tables
       cudaUserObjectCreate(&object, holder, release, 1, cudaUserObjectNoDestructorSync);
   if (error != cudaSuccess) delete holder;
   check(error, "cudaUserObjectCreate");
-  check(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove),
-        "cudaGraphRetainUserObject");
+  const cudaError_t retained = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+  if (retained != cudaSuccess) cudaUserObjectRelease(object, 1);
+  check(retained, "cudaGraphRetainUserObject");
 }
 
 int32_t grad_capacity() {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tensors import local, plain, plain_grad
+from ..tensors import is_capturing, local, plain, plain_grad
 
 if TYPE_CHECKING:
     from ..dispatch import Rule, Signals
@@ -195,7 +195,7 @@ class DeviceTables:
 
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
-        if is_capturing(self.device):
+        if is_capturing():
             table = torch.empty(-(-len(words) // 8) * 8, dtype=torch.int64, device=self.device)
             kernels = load_kernels()
             for first in range(0, len(words), 8):
@@ -362,6 +362,10 @@ class TritonPlan:
                     **options(kernels, launch),
                 )
 
+    def release(self) -> None:
+        """Let go of the gradients of a step that is not taken."""
+        self._active = {}
+
     def swap(self, num_threads: int) -> None:
         """Parameters and slow weights change places, those of all rows. After a ``collect``."""
         for device in self._devices:
@@ -384,7 +388,7 @@ class TritonPlan:
                 )
 
     def _keep_if_captured(self, tables: DeviceTables) -> None:
-        if is_capturing(tables.device):
+        if is_capturing():
             self._captured.append(tables)
 
 
@@ -424,11 +428,6 @@ def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None])
         words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
         words += [0, 0] if lr is None else [lr.data_ptr(), int(lr.dtype == torch.float64)]
     return words
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on ``device`` now becomes part of a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
