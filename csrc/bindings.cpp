@@ -126,6 +126,7 @@ PYBIND11_MODULE(_C, module) {
       .def("has_cpu_rows", &StepPlan::has_cpu_rows)
       .def("launch", &launch, py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
            py::arg("signals"), py::arg("num_threads"))
+      .def("moved", &StepPlan::moved)
       .def("release", &StepPlan::release)
       .def("swap", &StepPlan::swap, py::arg("num_threads"));
 

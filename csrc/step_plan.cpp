@@ -425,6 +425,17 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
   return {data_of(described), *dtype == DType::kFloat64};
 }
 
+py::list StepPlan::moved() const {
+  if (life_->outlived) return py::list();
+  py::list params(std::count(active_.begin(), active_.end(), true));
+  Py_ssize_t position = 0;
+  for (const Entry& entry : entries_) {
+    if (entry.kind != Kind::kRow || !active_[entry.row]) continue;
+    PyList_SET_ITEM(params.ptr(), position++, py::handle(entry.param).inc_ref().ptr());
+  }
+  return params;
+}
+
 void StepPlan::swap(int num_threads) {
   const Busy busy(*this);
   for (cuda::DevicePlan& device : devices_) {

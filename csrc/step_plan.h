@@ -74,6 +74,9 @@ class StepPlan {
   void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
               const std::vector<Signals>& signals, int num_threads);
 
+  // The parameters of the last step, as far as they are there.
+  pybind11::list moved() const;
+
   // Lets go of the gradients of a collect() that no launch() follows.
   void release() {
     if (!busy_) gradients_.clear();

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import support
 from .backends import reference
@@ -173,6 +174,7 @@ class Dispatcher:
     def __init__(self, rule: Rule, backend: str | None) -> None:
         self._rule = rule
         self._backend = backend
+        self._captured: list[Any] = []  # tables that graphs read, plan or no plan
         self.reset()
 
     def reset(self) -> None:
@@ -272,6 +274,8 @@ class Dispatcher:
             hypers = [hyper.with_lr(lr) for hyper, lr in zip(hypers, known, strict=True)]
         for plan, its_signals in zip(self._plans, signals, strict=True):
             plan.launch(hypers, unscale, norm, its_signals, torch.get_num_threads())
+            # A backward pass through what was there before is an error, as in PyTorch.
+            increment_version(plan.moved())
         if self._rows:
             scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
             self._rule.reference(self._rows, hypers, scales)
@@ -292,12 +296,14 @@ class Dispatcher:
         threads = torch.get_num_threads()
         for plan in plans:
             plan.swap(threads)
+            increment_version(plan.moved())
         try:
             with reference.swapped([(row.param, row.state["slow_param"]) for row in rows]):
                 yield
         finally:
             for plan in plans:
                 plan.swap(threads)
+                increment_version(plan.moved())
             for param, before, _ in held:
                 now = plain(param)
                 if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
@@ -339,7 +345,9 @@ class Dispatcher:
         if used & {"cpu", "cuda"}:
             self._plans.append(self._fill(self._compiled_plan(), found, state, backends))
         if "triton" in used:
-            self._plans.append(self._fill(TritonPlan(self._rule), found, state, backends))
+            self._plans.append(
+                self._fill(TritonPlan(self._rule, self._captured), found, state, backends)
+            )
 
     def _compiled_plan(self) -> Any:
         extension: Any = support.extension()

@@ -120,14 +120,27 @@ def _triton_obstacle() -> Obstacle | None:
     except ImportError as error:
         return Obstacle(
             f"Triton cannot be imported: {error}",
-            "install it: pip install triton (3.4 or newer; torch's GPU builds bring it)",
+            "install it: pip install triton (3.6 or newer; torch's GPU builds bring it)",
         )
-    if tuple(int(part) for part in version.split(".")[:2]) < (3, 4):
-        return Obstacle(f"Triton {version} is too old", "install Triton 3.4 or newer")
+    # Before, divisions and roots flush denormals on NVIDIA's GPUs; before 3.7, AMD's roots do.
+    least = (3, 7) if torch.version.hip else (3, 6)
+    if tuple(int(part) for part in version.split(".")[:2]) < least:
+        return Obstacle(
+            f"Triton {version} is too old: its division and square root do not round correctly",
+            f"install Triton {least[0]}.{least[1]} or newer",
+        )
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
         return Obstacle(
             f"torch {torch.__version__} finds no GPU",
             "install a build of torch for your GPU, see https://pytorch.org/get-started/locally/",
+        )
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:  # of many kinds: no C compiler, no driver for this vendor
+        return Obstacle(
+            f"Triton cannot use this GPU: {error}",
+            "install a C compiler, which Triton calls when it runs (Debian: apt install gcc), and "
+            "a Triton for this GPU",
         )
     return None
 

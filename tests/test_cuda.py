@@ -13,6 +13,7 @@ from ranger_cuda.dispatch import RANGER
 from ranger_cuda.tensors import plain, plain_grad
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 each_class = pytest.mark.parametrize("cls", [RAdam, Ranger])
 
 
@@ -179,10 +180,11 @@ def gpu_params(*shapes, seed=0):
 
 
 @on_gpu
+@each_backend
 @each_class
-def test_a_step_neither_waits_for_the_device_nor_allocates_on_it(cls):
+def test_a_step_neither_waits_for_the_device_nor_allocates_on_it(cls, backend):
     params = gpu_params()
-    optimizer = cls(params, lr=torch.tensor(0.1, device="cuda"))
+    optimizer = cls(params, lr=torch.tensor(0.1, device="cuda"), backend=backend)
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -199,11 +201,12 @@ def test_a_step_neither_waits_for_the_device_nor_allocates_on_it(cls):
 
 
 @on_gpu
-def test_a_captured_step_replays_over_rectification_and_syncs_with_a_new_learning_rate():
+@each_backend
+def test_a_captured_step_replays_over_rectification_and_syncs_with_a_new_learning_rate(backend):
     made = [torch.randn(64, 33), torch.randn(7), torch.randn(5000)]
     a, b = twins(made, lambda t: t.cuda())
     rates = [torch.tensor(0.1, device=device) for device in ("cuda", "cpu")]
-    first = Ranger(a, lr=rates[0], k=3, weight_decay=0.1)
+    first = Ranger(a, lr=rates[0], k=3, weight_decay=0.1, backend=backend)
     second = Ranger(b, lr=rates[1], k=3, weight_decay=0.1, backend="reference")
     static = [torch.zeros_like(p) for p in a]
     for p, gradient in zip(a, static, strict=True):
@@ -241,9 +244,10 @@ def test_a_captured_step_replays_over_rectification_and_syncs_with_a_new_learnin
 
 
 @on_gpu
-def test_a_first_step_inside_a_capture_is_refused():
+@each_backend
+def test_a_first_step_inside_a_capture_is_refused(backend):
     params = gpu_params()
-    optimizer = Ranger(params)
+    optimizer = Ranger(params, backend=backend)
     for param in params:
         param.grad = torch.randn_like(param)
     graph = torch.cuda.CUDAGraph()
@@ -257,9 +261,10 @@ def test_a_first_step_inside_a_capture_is_refused():
 
 
 @on_gpu
-def test_a_step_runs_on_the_current_stream():
+@each_backend
+def test_a_step_runs_on_the_current_stream(backend):
     a, b = twins([torch.randn(1_000_000)], lambda t: t.cuda())
-    first, second = Ranger(a), Ranger(b, backend="reference")
+    first, second = Ranger(a, backend=backend), Ranger(b, backend="reference")
     stream = torch.cuda.Stream()
     for seed in range(8):
         give_gradients(random_gradients(b, seed), b)
@@ -291,8 +296,9 @@ def test_devices_and_dtypes_mixed_in_one_group_move_together():
 
 
 @on_gpu
+@each_backend
 @each_class
-def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(cls):
+def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(cls, backend):
     a, b = twins([torch.randn(40), torch.randn(3, 3)])
     first, second = cls(a), cls(b, backend="reference")
     for seed in range(12):
@@ -300,7 +306,7 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(cls):
             device = "cuda" if seed == 4 else "cpu"
             saved = copy.deepcopy(first.state_dict())
             a = [torch.nn.Parameter(p.detach().to(device)) for p in a]
-            first = cls(a)
+            first = cls(a, backend=backend if device == "cuda" else None)
             first.load_state_dict(saved)
         give_gradients(random_gradients(b, seed), b)
         for p, q in zip(a, b, strict=True):
@@ -311,10 +317,12 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(cls):
 
 
 @on_gpu
+@each_backend
 @pytest.mark.parametrize("amp_scaling", [False, True])
-def test_grad_scaler_skips_and_unscales(amp_scaling):
+def test_grad_scaler_skips_and_unscales(amp_scaling, backend):
     a, b = twins([torch.randn(40)], lambda t: t.cuda())
-    first, second = Ranger(a, amp_scaling=amp_scaling), Ranger(b, backend="reference")
+    first = Ranger(a, amp_scaling=amp_scaling, backend=backend)
+    second = Ranger(b, backend="reference")
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(torch.ones((), device="cuda"))
     for seed in range(9):

@@ -333,3 +333,14 @@ def test_zero_grad_drops_or_zeroes_gradients(config):
     assert all(p.grad is g and not g.any() for p, g in zip(params, kept, strict=True))
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
+
+
+def test_a_backward_pass_through_weights_of_before_the_step_is_an_error(target):
+    param = torch.nn.Parameter(target.move(torch.ones(3)))
+    other = torch.nn.Parameter(target.move(torch.ones(3)))
+    optimizer = Ranger([param], backend=target.backend)
+    loss = (param * other).sum()
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -155,8 +155,8 @@ def test_a_missing_or_old_triton_says_what_to_install(monkeypatch):
         return support.obstacle("triton")
 
     try:
-        monkeypatch.setattr(triton, "__version__", "3.3.1")
-        assert "3.3.1 is too old" in obstacle().cause
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+        assert "3.5.1 is too old" in obstacle().cause
         monkeypatch.setitem(sys.modules, "triton", None)
         assert "pip install triton" in obstacle().fix
     finally:

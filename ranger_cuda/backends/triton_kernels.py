@@ -24,9 +24,23 @@ ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 GROUP_WORDS = tl.constexpr(13)
 
 
-@triton.jit
-def write_words(to, first, a, b, c, d, e, f, g, h):
-    """Eight words at ``first``, out of the arguments of a launch: a captured graph has them too."""
+@triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
+def write_words(
+    to,
+    first: i64,  # noqa: F821
+    a: i64,  # noqa: F821
+    b: i64,  # noqa: F821
+    c: i64,  # noqa: F821
+    d: i64,  # noqa: F821
+    e: i64,  # noqa: F821
+    f: i64,  # noqa: F821
+    g: i64,  # noqa: F821
+    h: i64,  # noqa: F821
+):
+    """Eight words at ``first``, out of the arguments of a launch: a captured graph has them too.
+
+    One compilation serves all values.
+    """
     at = to + first
     tl.store(at, a)
     tl.store(at + 1, b)
@@ -55,7 +69,7 @@ def ipow(base, exponent):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def schedule_kernel(
     rows, scalars, gradients, groups, count, grad_scale, found_inf, norm, BLOCK: tl.constexpr
 ):
@@ -129,7 +143,7 @@ def schedule_kernel(
         coefficient = max_grad_norm / (tl.load(norm).to(tl.float64) * scale + 1e-6)
         clips = (max_grad_norm < float("inf")) & ((coefficient >= 1.0) == 0)
         scale = tl.where(clips, scale * coefficient, scale)
-    scale = tl.where(maximize, -scale, scale)
+    scale = tl.where(maximize, scale * -1.0, scale)  # -scale would be 0 - scale
     l2 = tl.where(decoupled, one * 0.0, weight_decay)
 
     has_l2 = tl.where(is_float64, l2 != 0.0, l2.to(tl.float32) != 0.0)
@@ -247,7 +261,7 @@ def whole_blocks(words, count, BLOCK: tl.constexpr):
     return whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def radam_kernel(
     rows,
     scalars,
@@ -283,15 +297,16 @@ def radam_kernel(
             tl.load(at + 8),
             tl.load(at + 9),
         )
-        words = tl.load(record + PARAM) | tl.load(gradients + row)
-        words = words | tl.load(record + EXP_AVG) | tl.load(record + EXP_AVG_SQ)
-        if sync:
-            words = words | tl.load(record + SLOW_PARAM)
-        p = tl.load(record + PARAM).to(tl.pointer_type(T))
-        g = tl.load(gradients + row).to(tl.pointer_type(T))
-        m = tl.load(record + EXP_AVG).to(tl.pointer_type(T))
-        v = tl.load(record + EXP_AVG_SQ).to(tl.pointer_type(T))
-        slow = tl.load(record + SLOW_PARAM).to(tl.pointer_type(T))
+        p_word = tl.load(record + PARAM)
+        g_word = tl.load(gradients + row)
+        m_word = tl.load(record + EXP_AVG)
+        v_word = tl.load(record + EXP_AVG_SQ)
+        slow_word = tl.load(record + SLOW_PARAM)
+        p = p_word.to(tl.pointer_type(T))
+        g = g_word.to(tl.pointer_type(T))
+        m = m_word.to(tl.pointer_type(T))
+        v = v_word.to(tl.pointer_type(T))
+        slow = slow_word.to(tl.pointer_type(T))
         lanes = tl.arange(0, BLOCK)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
@@ -305,22 +320,38 @@ def radam_kernel(
                 mask = start + lanes < count
                 radam_block(p_at, g_at, m_at, v_at, slow_at, mask, c, rectified, l2, sync, T)
         else:
+            words = p_word | g_word | m_word | v_word
+            if sync:
+                words = words | slow_word
             whole = whole_blocks(words, count, BLOCK)
+            # Casts of their own: the other loop's addresses may be of any alignment.
+            p_wide = tl.multiple_of(p_word.to(tl.pointer_type(T)), 16)
+            g_wide = tl.multiple_of(g_word.to(tl.pointer_type(T)), 16)
+            m_wide = tl.multiple_of(m_word.to(tl.pointer_type(T)), 16)
+            v_wide = tl.multiple_of(v_word.to(tl.pointer_type(T)), 16)
+            slow_wide = tl.multiple_of(slow_word.to(tl.pointer_type(T)), 16)
             for start in range(0, whole, BLOCK):
                 i = begin + start + lanes
-                p_at = tl.multiple_of(p, 16) + i
-                g_at = tl.multiple_of(g, 16) + i
-                m_at = tl.multiple_of(m, 16) + i
-                v_at = tl.multiple_of(v, 16) + i
-                slow_at = tl.multiple_of(slow, 16) + i
-                radam_block(p_at, g_at, m_at, v_at, slow_at, None, c, rectified, l2, sync, T)
+                radam_block(
+                    p_wide + i,
+                    g_wide + i,
+                    m_wide + i,
+                    v_wide + i,
+                    slow_wide + i,
+                    None,
+                    c,
+                    rectified,
+                    l2,
+                    sync,
+                    T,
+                )
             for start in range(whole, count, BLOCK):
                 i = begin + start + lanes
                 mask = start + lanes < count
                 radam_block(p + i, g + i, m + i, v + i, slow + i, mask, c, rectified, l2, sync, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_chunk"])
 def slow_kernel(
     rows,
     scalars,
@@ -342,9 +373,10 @@ def slow_kernel(
         begin = tl.load(chunk + 1).to(tl.int64) * CHUNK
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         alpha = tl.load((slot + COEFFICIENTS).to(tl.pointer_type(T)) + 9)
-        words = tl.load(record + PARAM) | tl.load(record + SLOW_PARAM)
-        p = tl.load(record + PARAM).to(tl.pointer_type(T))
-        slow = tl.load(record + SLOW_PARAM).to(tl.pointer_type(T))
+        p_word = tl.load(record + PARAM)
+        slow_word = tl.load(record + SLOW_PARAM)
+        p = p_word.to(tl.pointer_type(T))
+        slow = slow_word.to(tl.pointer_type(T))
         lanes = tl.arange(0, BLOCK)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
@@ -354,12 +386,12 @@ def slow_kernel(
                 slow_at = slow + strided_offset(layout, SLOW_PARAM, index)
                 slow_block(p_at, slow_at, start + lanes < count, alpha, SWAP)
         else:
-            whole = whole_blocks(words, count, BLOCK)
+            whole = whole_blocks(p_word | slow_word, count, BLOCK)
+            p_wide = tl.multiple_of(p_word.to(tl.pointer_type(T)), 16)
+            slow_wide = tl.multiple_of(slow_word.to(tl.pointer_type(T)), 16)
             for start in range(0, whole, BLOCK):
                 i = begin + start + lanes
-                slow_block(
-                    tl.multiple_of(p, 16) + i, tl.multiple_of(slow, 16) + i, None, alpha, SWAP
-                )
+                slow_block(p_wide + i, slow_wide + i, None, alpha, SWAP)
             for start in range(whole, count, BLOCK):
                 i = begin + start + lanes
                 slow_block(p + i, slow + i, start + lanes < count, alpha, SWAP)

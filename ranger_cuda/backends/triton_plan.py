@@ -44,21 +44,29 @@ def memory_order(tensor: Tensor) -> list[int]:
     return sorted(dims, key=lambda dim: -strides[dim])
 
 
+def word(address: int) -> int:
+    """An address as a table has it: in two's complement, for devices that use the upper half."""
+    return address - (1 << 64) if address >> 63 else address
+
+
 class Memory:
     """Where a tensor lies. The tensor itself is not held: what it is now is compared each step."""
 
     def __init__(self, tensor: Tensor) -> None:
         where = local(tensor)
-        self.key = (where.data_ptr(), where.dtype, where.shape, where.stride())
+        self.key = (where.data_ptr(), where.shape)
+        self.geometry = (where.dtype, where.stride())
         real = plain(tensor)
-        self.address = real.data_ptr()
+        self.address = word(real.data_ptr())
         self.shape = real.shape
         self.stride = real.stride()
 
-    def is_that_of(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` lies there."""
+    def is_that_of(self, tensor: Tensor, *, same_object: bool = False) -> bool:
+        """Whether ``tensor`` lies there; for the same object, not all has to be asked."""
         where = local(tensor)
-        return self.key == (where.data_ptr(), where.dtype, where.shape, where.stride())
+        if self.key != (where.data_ptr(), where.shape):
+            return False
+        return same_object or self.geometry == (where.dtype, where.stride())
 
 
 class Row:
@@ -94,8 +102,12 @@ class Row:
     def fits(self, param: Tensor, state: dict[str, Any]) -> bool:
         """Whether parameter and state are what and where they were."""
         for key, known, memory in self.state:
+            if key not in state:
+                return False
             tensor = known()
-            if tensor is None or not memory.is_that_of(tensor) or state.get(key) is not tensor:
+            if tensor is None or state[key] is not tensor:
+                return False
+            if not memory.is_that_of(tensor, same_object=True):
                 return False
         return self.param.is_that_of(param)
 
@@ -151,6 +163,7 @@ class DeviceTables:
 
     def __init__(self, rows: list[Row], device: torch.device) -> None:
         self.device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         kind_of = {row: (row.dtype, row.is_strided) for row in rows}
         self.rows = sorted(rows, key=lambda row: (row.dtype.itemsize, kind_of[row][1]))
         words: list[int] = []
@@ -167,7 +180,7 @@ class DeviceTables:
             record[:5] = [0 if memory is None else memory.address for memory in memories]
             record[5] = row.numel
             record[6] = row.step.address
-            record[7] = 0 if place < 0 else self.layouts.data_ptr() + 8 * place
+            record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
             record[8] = row.group | (row.dtype == torch.float64) << 32
         chunks = [-(-row.numel // CHUNK) for row in self.rows]
         table = np.zeros((sum(chunks), 2), dtype=np.int32)
@@ -186,6 +199,34 @@ class DeviceTables:
             for first in [kinds.index(kind)]
         ]
         self._uploaded: dict[str, tuple[list[int], Tensor]] = {}
+        self._compile()
+
+    def _compile(self) -> None:
+        """What a step needs later than its first launch, so that it cannot fail there."""
+        kernels = load_kernels()
+        first = torch.zeros(8, dtype=torch.int64, device=self.device)
+        with on_device(self.device):
+            kernels.write_words[(1,)](first, 0, *range(8))  # a capture must find it loaded
+            for launch in self.launches:
+                if launch.chunks and hasattr(kernels.radam_kernel, "warmup"):
+                    kernels.radam_kernel.warmup(
+                        self.records,
+                        self.scalars,
+                        self.chunks,
+                        self.records,
+                        launch.first_chunk,
+                        grid=(launch.chunks,),
+                        **options(kernels, launch),
+                    )
+
+    def used_now(self) -> None:
+        """Keep the memory from the stream it was made on while the current one reads it."""
+        if self.device.type == "cuda" and not is_capturing():
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._stream:
+                uploads = [table for _, table in self._uploaded.values()]
+                for table in (self.records, self.scalars, self.chunks, self.layouts, *uploads):
+                    table.record_stream(stream)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -211,15 +252,20 @@ class DeviceTables:
 
 
 class TritonPlan:
-    """The rows of one optimizer that Triton's kernels move."""
+    """The rows of one optimizer that Triton's kernels move.
 
-    def __init__(self, rule: Rule) -> None:
+    Args:
+        captured: where tables go that a captured graph reads, to live as long as the list does.
+    """
+
+    def __init__(self, rule: Rule, captured: list[DeviceTables]) -> None:
         self._rule = rule
+        self._captured = captured
         self._entries: list[tuple[weakref.ref[Tensor], int, str, int]] = []
         self._rows: list[Row] = []
         self._devices: list[torch.device] = []
         self._tables: dict[torch.device, DeviceTables] = {}
-        self._captured: list[DeviceTables] = []  # which a graph reads, as long as the plan lives
+        self._moved: list[Tensor] = []
         self._active: dict[Row, Tensor | None] = {}  # what moves now, and its gradient
 
     def add_row(
@@ -269,6 +315,7 @@ class TritonPlan:
         if len(found) != len(self._entries):
             return False
         self._active = {}
+        self._moved = []
         for position, ((param, group), entry) in enumerate(zip(found, self._entries, strict=True)):
             known, known_group, kind, index = entry
             if known() is not param or known_group != group:
@@ -283,18 +330,27 @@ class TritonPlan:
             if state is None or not row.fits(param, state):
                 return False
             if moves:
+                self._moved.append(param)
                 self._active[row] = None if moved is not None else self._gradient(row, param)
         for device in self._devices:
             if device not in self._tables:
+                if is_capturing():
+                    raise RuntimeError(
+                        "the plan of this step cannot be made in a capture: take a step before it, "
+                        "with gradients laid out as in the capture"
+                    )
                 rows = [row for row in self._rows if row.device == device]
                 self._tables[device] = DeviceTables(rows, device)
         return True
 
     def _gradient(self, row: Row, param: Tensor) -> Tensor:
         gradient = row.gradient(param)
-        if gradient.stride() != row.gradient_stride:
-            row.gradient_stride = gradient.stride()
-            self._tables.pop(row.device, None)  # they have the strides
+        stride = gradient.stride()
+        if stride != row.gradient_stride:
+            # That of a dimension of one element means nothing.
+            if any(stride[dim] != row.gradient_stride[dim] for dim in row.order):
+                self._tables.pop(row.device, None)  # they have the strides
+            row.gradient_stride = stride
         return gradient
 
     def launch(
@@ -309,20 +365,22 @@ class TritonPlan:
 
         ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
         """
-        for device, signal in zip(self._devices, signals, strict=True):
-            tables = self._tables[device]
-            # 1 for a parameter that moves without: the rule reads none, or it is empty.
-            gradients = [
-                self._address(self._active[row]) if row in self._active else 0
-                for row in tables.rows
-            ]
-            with on_device(device):
-                self._launch_on(tables, gradients, hypers, signal)
-        self._active = {}
+        try:
+            for device, signal in zip(self._devices, signals, strict=True):
+                tables = self._tables[device]
+                # 1 for a parameter that moves without: the rule reads none, or it is empty.
+                gradients = [
+                    self._address(self._active[row]) if row in self._active else 0
+                    for row in tables.rows
+                ]
+                with on_device(device):
+                    self._launch_on(tables, gradients, hypers, signal)
+        finally:
+            self._active = {}
 
     @staticmethod
     def _address(gradient: Tensor | None) -> int:
-        return 1 if gradient is None else gradient.data_ptr() or 1
+        return 1 if gradient is None else word(gradient.data_ptr()) or 1
 
     def _launch_on(
         self,
@@ -334,7 +392,7 @@ class TritonPlan:
         kernels = load_kernels()
         at = tables.upload("gradients", gradients)
         groups = tables.upload("groups", group_words(hypers, signal.lr))
-        self._keep_if_captured(tables)
+        self._keep(tables)
         count = len(tables.rows)
         kernels.schedule_kernel[(-(-count // SCHEDULE_BLOCK),)](
             tables.records,
@@ -362,6 +420,10 @@ class TritonPlan:
                     **options(kernels, launch),
                 )
 
+    def moved(self) -> list[Tensor]:
+        """The parameters of the last step."""
+        return self._moved
+
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
         self._active = {}
@@ -370,7 +432,7 @@ class TritonPlan:
         """Parameters and slow weights change places, those of all rows. After a ``collect``."""
         for device in self._devices:
             with on_device(device):
-                self._keep_if_captured(self._tables[device])
+                self._keep(self._tables[device])
                 self._pass(self._tables[device], swap=True)
 
     @staticmethod
@@ -387,7 +449,8 @@ class TritonPlan:
                     **options(kernels, launch),
                 )
 
-    def _keep_if_captured(self, tables: DeviceTables) -> None:
+    def _keep(self, tables: DeviceTables) -> None:
+        tables.used_now()
         if is_capturing():
             self._captured.append(tables)
 
@@ -426,7 +489,7 @@ def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None])
         bits[7] = hyper.k
         words += bits.tolist()
         words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
-        words += [0, 0] if lr is None else [lr.data_ptr(), int(lr.dtype == torch.float64)]
+        words += [0, 0] if lr is None else [word(lr.data_ptr()), int(lr.dtype == torch.float64)]
     return words
 
 
