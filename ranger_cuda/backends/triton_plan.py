@@ -191,13 +191,11 @@ class DeviceTables:
         self.scalars = self._to_device(np.zeros((len(self.rows), 11), dtype=np.int64))
         self.chunks = self._to_device(table)
         kinds = [kind_of[row] for row in self.rows]
-        self.launches = [
-            Launch(
-                *kind, int(firsts[first]), int(firsts[first + kinds.count(kind)] - firsts[first])
-            )
-            for kind in dict.fromkeys(kinds)
-            for first in [kinds.index(kind)]
-        ]
+        self.launches = []
+        for kind in dict.fromkeys(kinds):
+            first = kinds.index(kind)
+            begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
+            self.launches.append(Launch(*kind, begin, end - begin))
         self._uploaded: dict[str, tuple[list[int], Tensor]] = {}
         self._compile()
 
