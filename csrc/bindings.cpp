@@ -45,7 +45,7 @@ Hyperparameters to_hyperparameters(const py::tuple& fields) {
           fields[kMaximize].cast<bool>()};
 }
 
-// The fields of ranger_cuda.dispatch.Signals.
+// The fields of ranger_cuda.scaling.Signals.
 StepPlan::Signals to_signals(const py::tuple& fields) {
   return {fields[0], fields[1], fields[2], fields[3].cast<std::vector<py::object>>()};
 }

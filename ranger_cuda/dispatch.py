@@ -20,6 +20,7 @@ from .backends import reference
 from .backends.reference import Row
 from .backends.triton_plan import TritonPlan
 from .hyperparameters import Hyperparameters
+from .scaling import NO_SCALING, Scaling, Signals
 from .schedule import grad_scale
 from .tensors import (
     check_param,
@@ -53,45 +54,6 @@ def members(param_groups: Groups) -> Iterator[Member]:
         for j, param in enumerate(group["params"]):
             name = f"{names[j]!r}" if names else f"parameter {j} of group {i}"
             yield Member(param, i, name)
-
-
-class Scaling(NamedTuple):
-    """What the gradients of a step are scaled by, as tensors wherever they are; None: not."""
-
-    grad_scale: Tensor | None = None  # of GradScaler: the loss, and so the gradients, times this
-    found_inf: Tensor | None = None  # of GradScaler: not 0 if the step is to be skipped
-    norm: Tensor | None = None  # of all gradients, if a group clips
-
-
-NO_SCALING = Scaling()
-
-
-class Signals(NamedTuple):
-    """What the kernels of one device read there: scalars, float32 or float64; None: nothing."""
-
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    norm: Tensor | None
-    lr: list[Tensor | None]  # of each group; None: a number is known on the host
-
-    @classmethod
-    def of(
-        cls, hypers: Sequence[Hyperparameters], scaling: Scaling, device: torch.device
-    ) -> Signals:
-        """Bring what is elsewhere to ``device``; nothing waits for it."""
-
-        def there(value: Any) -> Tensor | None:
-            if not isinstance(value, Tensor):
-                return None
-            dtype = value.dtype if value.dtype == torch.float64 else torch.float32
-            return local(value.detach()).to(device, dtype, non_blocking=True)
-
-        return cls(
-            there(scaling.grad_scale),
-            there(scaling.found_inf),
-            there(scaling.norm),
-            [there(hyper.lr) for hyper in hypers],
-        )
 
 
 class Rule(NamedTuple):
@@ -346,7 +308,7 @@ class Dispatcher:
             self._plans.append(self._fill(self._compiled_plan(), found, state, backends))
         if "triton" in used:
             self._plans.append(
-                self._fill(TritonPlan(self._rule, self._captured), found, state, backends)
+                self._fill(TritonPlan(self._rule.name, self._captured), found, state, backends)
             )
 
     def _compiled_plan(self) -> Any:

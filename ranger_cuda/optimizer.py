@@ -13,8 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import hyperparameters, rounding, support
 from .checkpoint import Shielded, is_step_tensor, restore_state, shield_state, step_tensor
 from .clipping import total_norm
-from .dispatch import Dispatcher, Rule, Scaling
+from .dispatch import Dispatcher, Rule
 from .hyperparameters import STATE_DTYPES, Hyperparameters
+from .scaling import Scaling
 from .tensors import on_accelerator, state_dtype
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..tensors import is_capturing, local, plain, plain_grad
 
 if TYPE_CHECKING:
-    from ..dispatch import Rule, Signals
     from ..hyperparameters import Hyperparameters
+    from ..scaling import Signals
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
@@ -253,10 +253,11 @@ class TritonPlan:
     """The rows of one optimizer that Triton's kernels move.
 
     Args:
+        rule: "RADAM" or "LOOKAHEAD", as of ``_C.StepPlan.Rule``.
         captured: where tables go that a captured graph reads, to live as long as the list does.
     """
 
-    def __init__(self, rule: Rule, captured: list[DeviceTables]) -> None:
+    def __init__(self, rule: str, captured: list[DeviceTables]) -> None:
         self._rule = rule
         self._captured = captured
         self._entries: list[tuple[weakref.ref[Tensor], int, str, int]] = []
@@ -404,7 +405,7 @@ class TritonPlan:
             BLOCK=SCHEDULE_BLOCK,
             enable_fp_fusion=False,
         )
-        if self._rule.name == "LOOKAHEAD":
+        if self._rule == "LOOKAHEAD":
             self._pass(tables, swap=False)
             return
         for launch in tables.launches:
