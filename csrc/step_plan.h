@@ -74,7 +74,7 @@ class StepPlan {
   void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
               const std::vector<Signals>& signals, int num_threads);
 
-  // The parameters of the last step, as far as they are there.
+  // The parameters that move in the step that was collected, as far as they are there.
   pybind11::list moved() const;
 
   // Lets go of the gradients of a collect() that no launch() follows.

@@ -88,13 +88,13 @@ class _Completion:
         self._state = state
         self._new_state = new_state
         self._missing: dict[Tensor, dict[str, Any]] = {}
+        self.rows: list[tuple[Member, Tensor | None]] = []  # the reference's, and their gradients
 
     def add(self, member: Member, backend: str, *, reads_grad: bool) -> None:
         """Check a parameter that ``backend`` moves, and its gradient if that is read."""
         param, group, name = member
         check_param(param, name)
-        if reads_grad:
-            plain_grad(param, name)
+        gradient = plain_grad(param, name) if reads_grad else None
         where = local(param)
         on_host = backend in ("cpu", "reference")
         step_device = torch.device("cpu") if on_host else where.device
@@ -116,6 +116,8 @@ class _Completion:
         check_state(param, {**known, **missing}, self._rule.streams, name)
         if missing:
             self._missing[param] = missing
+        if backend == "reference":
+            self.rows.append((member, gradient))
 
     def commit(self) -> None:
         """Nothing was wrong."""
@@ -180,9 +182,8 @@ class Dispatcher:
                     "optimizer from another thread while it steps"
                 )
         self._rows = [
-            Row(param, plain_grad(param, name) if moved is None else None, state[param], group)
-            for position, (param, group, name) in self._foreign
-            if moves(position, param)
+            Row(param, gradient, state[param], group)
+            for (param, group, _), gradient in complete.rows
         ]
         if self._moves_from_host() and is_capturing():
             raise RuntimeError(
@@ -223,21 +224,25 @@ class Dispatcher:
             for plan in self._plans
         ]
         unscale = norm = 1.0
-        if self._moves_from_host():
+        from_host = self._moves_from_host()
+        if from_host:
             if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
                 self.release()
                 return
             scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
             unscale = 1.0 / scale if scale else math.inf  # as on a device
             norm = 0.0 if scaling.norm is None else float(scaling.norm)
-            hypers = [hyper.with_lr(float(hyper.lr)) for hyper in hypers]
-        else:
-            known = [0.0 if isinstance(hyper.lr, Tensor) else hyper.lr for hyper in hypers]
-            hypers = [hyper.with_lr(lr) for hyper, lr in zip(hypers, known, strict=True)]
+        hypers = [
+            hyper._replace(
+                lr=float(hyper.lr) if from_host or not isinstance(hyper.lr, Tensor) else 0.0
+            )
+            for hyper in hypers
+        ]
         for plan, its_signals in zip(self._plans, signals, strict=True):
+            moved = plan.moved()
             plan.launch(hypers, unscale, norm, its_signals, torch.get_num_threads())
             # A backward pass through what was there before is an error, as in PyTorch.
-            increment_version(plan.moved())
+            increment_version(moved)
         if self._rows:
             scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
             self._rule.reference(self._rows, hypers, scales)

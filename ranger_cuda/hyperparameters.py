@@ -31,10 +31,6 @@ class Hyperparameters(NamedTuple):
     decoupled_weight_decay: bool
     maximize: bool
 
-    def with_lr(self, lr: float) -> Hyperparameters:
-        """These with another learning rate."""
-        return self._replace(lr=lr)
-
 
 def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group. Nothing is checked here; see :func:`check`."""

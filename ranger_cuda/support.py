@@ -150,6 +150,12 @@ def device(index: int | torch.device) -> torch.device:
     return index if isinstance(index, torch.device) else torch.device("cuda", index)
 
 
+def device_type_here(backend: Backend) -> str:
+    """The type of a device on this machine that ``backend`` serves, if it can run here."""
+    here = {"cpu", "cuda" if torch.cuda.is_available() else "xpu"}
+    return next(device for device in backend.devices or ("cpu",) if device in here)
+
+
 def check_backend(name: str | None) -> None:
     """Raise unless ``name`` is None or a backend that runs on this machine.
 

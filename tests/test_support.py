@@ -22,8 +22,7 @@ DTYPES = [*REAL, torch.complex64, torch.complex128, torch.complex32, torch.float
 def test_a_backend_serves_just_what_the_table_says(backend, dtype):
     if support.obstacle(backend) is not None:
         pytest.skip(support.obstacle(backend).cause)
-    here = {"cpu", "cuda" if torch.cuda.is_available() else "xpu"}
-    device = next(d for d in support.BACKENDS[backend].devices or ("cpu",) if d in here)
+    device = support.device_type_here(support.BACKENDS[backend])
     param = torch.nn.Parameter(torch.ones(4, device=device).to(dtype))
     param.grad = torch.ones_like(param)
     optimizer = Ranger([param], lr=0.5, backend=backend)

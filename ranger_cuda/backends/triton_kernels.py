@@ -261,6 +261,13 @@ def whole_blocks(words, count, BLOCK: tl.constexpr):
     return whole
 
 
+@triton.jit
+def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
+    """The program's work: a row, and the element of it that the chunk begins with (ChunkRef)."""
+    chunk = chunks + (tl.program_id(0).to(tl.int64) + first_chunk) * 2
+    return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64) * CHUNK
+
+
 @triton.jit(do_not_specialize=["first_chunk"])
 def radam_kernel(
     rows,
@@ -274,11 +281,9 @@ def radam_kernel(
     BLOCK: tl.constexpr,
 ):
     """The fused step of one chunk."""
-    chunk = chunks + (tl.program_id(0).to(tl.int64) + first_chunk) * 2
-    row = tl.load(chunk).to(tl.int64)
+    row, begin = this_chunk(chunks, first_chunk, CHUNK)
     flags = tl.load(scalars + row * SCALAR_WORDS)
     if (flags & ACTIVE) != 0:
-        begin = tl.load(chunk + 1).to(tl.int64) * CHUNK
         record = rows + row * ROW_WORDS
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         rectified = (flags & RECTIFIED) != 0
@@ -364,13 +369,11 @@ def slow_kernel(
     BLOCK: tl.constexpr,
 ):
     """Parameters and slow weights of one chunk change places, or are interpolated."""
-    chunk = chunks + (tl.program_id(0).to(tl.int64) + first_chunk) * 2
-    row = tl.load(chunk).to(tl.int64)
+    row, begin = this_chunk(chunks, first_chunk, CHUNK)
     record = rows + row * ROW_WORDS
     slot = scalars + row * SCALAR_WORDS
     sync = tl.load(slot) & SYNC
     if (tl.load(record + SLOW_PARAM) if SWAP else sync) != 0:
-        begin = tl.load(chunk + 1).to(tl.int64) * CHUNK
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         alpha = tl.load((slot + COEFFICIENTS).to(tl.pointer_type(T)) + 9)
         p_word = tl.load(record + PARAM)

@@ -82,6 +82,7 @@ class Row:
         step_name: str,
     ) -> None:
         real = plain(param)
+        self.known = weakref.ref(param)
         self.group = group
         self.name = name
         self.dtype = real.dtype
@@ -195,7 +196,8 @@ class DeviceTables:
         for kind in dict.fromkeys(kinds):
             first = kinds.index(kind)
             begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
-            self.launches.append(Launch(*kind, begin, end - begin))
+            if end > begin:
+                self.launches.append(Launch(*kind, begin, end - begin))
         self._uploaded: dict[str, tuple[list[int], Tensor]] = {}
         self._compile()
 
@@ -206,7 +208,7 @@ class DeviceTables:
         with on_device(self.device):
             kernels.write_words[(1,)](first, 0, *range(8))  # a capture must find it loaded
             for launch in self.launches:
-                if launch.chunks and hasattr(kernels.radam_kernel, "warmup"):
+                if hasattr(kernels.radam_kernel, "warmup"):  # Triton's interpreter has none
                     kernels.radam_kernel.warmup(
                         self.records,
                         self.scalars,
@@ -264,7 +266,6 @@ class TritonPlan:
         self._rows: list[Row] = []
         self._devices: list[torch.device] = []
         self._tables: dict[torch.device, DeviceTables] = {}
-        self._moved: list[Tensor] = []
         self._active: dict[Row, Tensor | None] = {}  # what moves now, and its gradient
 
     def add_row(
@@ -314,7 +315,6 @@ class TritonPlan:
         if len(found) != len(self._entries):
             return False
         self._active = {}
-        self._moved = []
         for position, ((param, group), entry) in enumerate(zip(found, self._entries, strict=True)):
             known, known_group, kind, index = entry
             if known() is not param or known_group != group:
@@ -329,7 +329,6 @@ class TritonPlan:
             if state is None or not row.fits(param, state):
                 return False
             if moves:
-                self._moved.append(param)
                 self._active[row] = None if moved is not None else self._gradient(row, param)
         for device in self._devices:
             if device not in self._tables:
@@ -409,19 +408,19 @@ class TritonPlan:
             self._pass(tables, swap=False)
             return
         for launch in tables.launches:
-            if launch.chunks:
-                kernels.radam_kernel[(launch.chunks,)](
-                    tables.records,
-                    tables.scalars,
-                    tables.chunks,
-                    at,
-                    launch.first_chunk,
-                    **options(kernels, launch),
-                )
+            kernels.radam_kernel[(launch.chunks,)](
+                tables.records,
+                tables.scalars,
+                tables.chunks,
+                at,
+                launch.first_chunk,
+                **options(kernels, launch),
+            )
 
     def moved(self) -> list[Tensor]:
-        """The parameters of the last step."""
-        return self._moved
+        """The parameters that move in the step that was collected."""
+        params = (row.known() for row in self._active)
+        return [param for param in params if param is not None]
 
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
@@ -438,15 +437,14 @@ class TritonPlan:
     def _pass(tables: DeviceTables, *, swap: bool) -> None:
         kernels = load_kernels()
         for launch in tables.launches:
-            if launch.chunks:
-                kernels.slow_kernel[(launch.chunks,)](
-                    tables.records,
-                    tables.scalars,
-                    tables.chunks,
-                    launch.first_chunk,
-                    SWAP=swap,
-                    **options(kernels, launch),
-                )
+            kernels.slow_kernel[(launch.chunks,)](
+                tables.records,
+                tables.scalars,
+                tables.chunks,
+                launch.first_chunk,
+                SWAP=swap,
+                **options(kernels, launch),
+            )
 
     def _keep(self, tables: DeviceTables) -> None:
         tables.used_now()
@@ -471,20 +469,7 @@ def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None])
     """The hyperparameters of all groups, as the schedule kernel reads them."""
     words = []
     for hyper, lr in zip(hypers, lrs, strict=True):
-        bits = np.array(
-            [
-                hyper.lr,
-                hyper.beta1,
-                hyper.beta2,
-                hyper.eps,
-                hyper.weight_decay,
-                hyper.rho_threshold,
-                hyper.alpha,
-                0.0,
-                hyper.max_grad_norm,
-            ],
-            dtype=np.float64,
-        ).view(np.int64)
+        bits = np.array(hyper[:9], dtype=np.float64).view(np.int64)  # lr to max_grad_norm
         bits[7] = hyper.k
         words += bits.tolist()
         words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]

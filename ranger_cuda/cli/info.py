@@ -54,8 +54,7 @@ def backend_row(name: str) -> dict[str, str]:
 
 def try_step(backend: str) -> str:
     """Take one step and look at what it did."""
-    here = {"cpu", "cuda" if torch.cuda.is_available() else "xpu"}
-    device = next(d for d in support.BACKENDS[backend].devices or ("cpu",) if d in here)
+    device = support.device_type_here(support.BACKENDS[backend])
     param = torch.nn.Parameter(torch.ones(5, device=device))
     param.grad = torch.ones_like(param)
     try:
