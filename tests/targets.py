@@ -53,15 +53,15 @@ NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "tr
 
 
 @functools.cache
-def emulated_extension(*options: str) -> ModuleType:
+def emulated_extension() -> ModuleType:
     """The extension with its CUDA backend compiled for the CPU."""
-    folder = Path(tempfile.mkdtemp(prefix="ranger_emulation_"))
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON", *options]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (binary,) = folder.glob("_C*.so")
-    return load(binary)
+    with tempfile.TemporaryDirectory(prefix="ranger_emulation_") as folder:
+        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON"]
+        for command in (configure, ["cmake", "--build", folder]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (binary,) = Path(folder).glob("_C*.so")
+        return load(binary)
 
 
 @functools.cache

@@ -308,9 +308,8 @@ def test_a_run_goes_from_the_cpu_to_the_gpu_and_back(cls, backend):
             a = [torch.nn.Parameter(p.detach().to(device)) for p in a]
             first = cls(a, backend=backend if device == "cuda" else None)
             first.load_state_dict(saved)
-        give_gradients(random_gradients(b, seed), b)
-        for p, q in zip(a, b, strict=True):
-            p.grad = q.grad.to(p.device)
+        where = a[0].device
+        give_gradients(random_gradients(b, seed), a, b, move=lambda g, where=where: g.to(where))
         first.step()
         second.step()
         assert_same(first, second, a, b, f"step {seed}")
