@@ -108,10 +108,10 @@ class _Completion:
             )
         with torch.inference_mode(False):  # state made in it could not be written outside
             missing = self._new_state(param, self._groups[group], known, step_device)
-        if missing and where.is_cuda and is_capturing():
+        if missing and where.device.type != "cpu" and is_capturing():
             raise RuntimeError(
                 f"the state of {name} does not exist yet, and made now it would be made anew at "
-                "every replay of the CUDA graph: take a step before the capture"
+                "every replay of the graph: take a step before the capture"
             )
         check_state(param, {**known, **missing}, self._rule.streams, name)
         if missing:
@@ -261,14 +261,16 @@ class Dispatcher:
             if has
         ]
         threads = torch.get_num_threads()
-        for plan in plans:
-            plan.swap(threads)
-            increment_version(plan.moved())
+        swapped = []
         try:
+            for plan in plans:
+                plan.swap(threads)
+                swapped.append(plan)
+                increment_version(plan.moved())
             with reference.swapped([(row.param, row.state["slow_param"]) for row in rows]):
                 yield
         finally:
-            for plan in plans:
+            for plan in swapped:
                 plan.swap(threads)
                 increment_version(plan.moved())
             for param, before, _ in held:

@@ -128,9 +128,10 @@ def check_lookahead(k: Any, alpha: Any) -> None:
         period = 0 if isinstance(k, bool) else operator.index(k)
     except TypeError:
         period = 0
-    if period < 1:
+    if not 1 <= period < 2**31:
         raise ValueError(
-            f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1"
+            f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1 "
+            "and below 2**31"
         )
     if not _is_within(alpha, 0.0, 1.0):
         raise ValueError(

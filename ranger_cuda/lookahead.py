@@ -16,7 +16,7 @@ from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
-from .tensors import check_param, is_capturing, local
+from .tensors import check_param, is_capturing
 
 STATE_NAMES = ("slow_param", "lookahead_step")
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
@@ -193,8 +193,15 @@ class Lookahead(SlowWeights, Optimizer):
         for param, _, name in members(self.param_groups):
             if param in lacking:
                 check_param(param, name)
-                support.choose(self._options["backend"], local(param), name)
-        return {param: new_slow_param(param) for param in lacking}
+        first = {param: new_slow_param(param) for param in lacking}
+        # As if they were there: a kernel or a table that cannot be had raises here, too.
+        state = {
+            param: {**self.state.get(param, {}), "slow_param": first[param]} for param in first
+        }
+        moved = [param in lacking for param in params]
+        trial = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
+        trial.collect(self.param_groups, state, self._new_state, moved)
+        return first
 
     @torch.compiler.disable
     def _pull(self, first: dict[Tensor, Tensor], moved: list[bool]) -> None:

@@ -112,4 +112,4 @@ def coefficients(
 
 def rounded(values: Sequence[float], dtype: torch.dtype) -> list[float]:
     """``values``, each rounded once to ``dtype``."""
-    return torch.tensor(values, dtype=torch.float64).to(dtype).tolist()
+    return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype).tolist()

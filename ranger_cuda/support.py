@@ -134,6 +134,16 @@ def _triton_obstacle() -> Obstacle | None:
             f"torch {torch.__version__} finds no GPU",
             "install a build of torch for your GPU, see https://pytorch.org/get-started/locally/",
         )
+    if torch.xpu.is_available() and not torch.xpu.get_device_properties().has_fp64:
+        return Obstacle(
+            f"{torch.xpu.get_device_name()} has no float64, in which a step's scalars are computed",
+            "leave backend at None: the reference backend runs there",
+        )
+    if importlib.import_module("triton").knobs.runtime.interpret:
+        return Obstacle(
+            "TRITON_INTERPRET is set, and Triton's interpreter cannot read a GPU's memory",
+            "unset TRITON_INTERPRET",
+        )
     try:
         importlib.import_module("triton.runtime").driver.active.get_current_target()
     except Exception as error:  # of many kinds: no C compiler, no driver for this vendor

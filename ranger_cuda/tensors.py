@@ -27,8 +27,12 @@ def on_accelerator(value: Any) -> bool:
 
 
 def is_capturing() -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether what is launched now becomes part of a graph."""
+    # torch has graphs for XPU since 2.11; before, its module has no such question.
+    return any(
+        module.is_available() and getattr(module, "is_current_stream_capturing", bool)()
+        for module in (torch.cuda, torch.xpu)
+    )
 
 
 def local(tensor: Tensor) -> Tensor:

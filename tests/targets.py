@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -67,12 +68,34 @@ def emulated_extension() -> ModuleType:
 @functools.cache
 def interpreted_kernels() -> ModuleType:
     """The Triton kernels, made for Triton's interpreter beside those for a GPU."""
-    spec = importlib.util.find_spec("ranger_cuda.backends.triton_kernels")
-    module = importlib.util.module_from_spec(spec)
+    triton = pytest.importorskip("triton")
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        pytest.skip(f"Triton {triton.__version__}'s interpreter cannot use NumPy 2.4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
+        return fresh_kernels()
+
+
+def release(module: ModuleType) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def fresh_kernels() -> ModuleType:
+    """The Triton kernels once more, not compiled yet."""
+    spec = importlib.util.find_spec("ranger_cuda.backends.triton_kernels")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
+
+
+def plan_for_triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+    """Let backend="triton" launch ``kernels`` for parameters on the CPU."""
+    triton = support.BACKENDS["triton"]._replace(devices=("cpu",))
+    patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
+    patch.setitem(support.BACKENDS, "triton", triton)
+    patch.setattr(support, "_triton_obstacle", lambda: None)
+    patch.setattr(triton_plan, "load_kernels", lambda: kernels)
 
 
 def load(binary: Path) -> ModuleType:
@@ -90,15 +113,12 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(name, torch.device("cuda"))
-    patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
     if name == "interpreted":
-        triton = support.BACKENDS["triton"]._replace(devices=("cpu",))
-        patch.setitem(support.BACKENDS, "triton", triton)
-        patch.setattr(support, "_triton_obstacle", lambda: None)
-        patch.setattr(triton_plan, "load_kernels", interpreted_kernels)
+        plan_for_triton_on_the_cpu(patch, interpreted_kernels())
         patch.setattr(triton_plan, "CHUNK", 64)
         patch.setattr(triton_plan, "BLOCK", {torch.float32: 32, torch.float64: 16})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
+    patch.setattr(tensors, "HOST", ())
     built = os.environ.get("RANGER_EMULATED_EXTENSION")
     module = load(Path(built)) if built else emulated_extension()
     cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))

@@ -93,6 +93,9 @@ def test_the_norm_is_clipped_to_on_the_device(device_target):
         give_gradients(random_gradients(b, seed), a, b, move=device_target.move)
         first.step()
         second.step()
+        if device_target.device.type == "cpu":
+            assert_same(first, second, a, b, f"step {seed}")
+            continue
         for p, q in zip(a, b, strict=True):  # the norm is a reduction: another order on a GPU
             assert torch.allclose(p.cpu(), q, rtol=1e-5, atol=1e-7)
             m, n = first.state[p]["exp_avg"].cpu(), second.state[q]["exp_avg"]

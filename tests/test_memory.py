@@ -27,8 +27,8 @@ def build(request):
     return BUILDERS[request.param]
 
 
-def make_params():
-    shapes = [(), (1,), (300, 7), (20, 3, 5, 5), (50_000,)]
+def make_params(large=50_000):
+    shapes = [(), (1,), (300, 7), (20, 3, 5, 5), (large,)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     params.append(torch.nn.Parameter(torch.randn(6, 8)[:, ::2]))
     for i, param in enumerate(params):
@@ -148,12 +148,13 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_plan_notices_what_changed_between_steps(change):
+def test_a_plan_notices_what_changed_between_steps(target, change):
     """After the change the native backend goes on as the reference does, which has no plan."""
-    a, b = twins(make_params())
-    native, reference = Ranger(a, k=2, backend="cpu"), Ranger(b, k=2, backend="reference")
+    a, b = twins(make_params(500 if target.small else 50_000), target.move)
+    native = Ranger(a, k=2, backend=target.backend)
+    reference = Ranger(b, k=2, backend="reference")
     for step in range(6):
-        give_gradients([torch.randn(p.shape) for p in a], a, b)
+        give_gradients([torch.randn(p.shape) for p in a], a, b, move=target.move)
         if step == 3:
             for optimizer, params in ((native, a), (reference, b)):
                 change(optimizer, params)
@@ -249,12 +250,24 @@ def test_parameters_that_share_memory_move_one_after_the_other():
     assert torch.equal(results[1], results[2])
 
 
-def test_state_made_in_inference_mode_is_written_outside_of_it():
-    for backend in ("cpu", "reference"):
-        param = torch.nn.Parameter(torch.ones(3))
-        param.grad = torch.ones(3)
+def test_state_and_plan_made_in_inference_mode_are_written_outside_of_it(target):
+    for backend in (target.backend, "reference"):
+        param = torch.nn.Parameter(target.move(torch.ones(3)))
+        param.grad = target.move(torch.ones(3))
         optimizer = Ranger([param], k=2, backend=backend)
         with torch.inference_mode():
             optimizer.step()
+        param.grad = target.move(torch.ones(3))
         optimizer.step()
         assert optimizer.state[param]["step"] == 2
+
+
+def test_a_default_device_is_no_business_of_a_step(target):
+    a, b = twins([torch.ones(5)], target.move)
+    first, second = Ranger(a, backend=target.backend), Ranger(b, backend="reference")
+    for _ in range(7):
+        give_gradients([torch.ones(5)], a, b, move=target.move)
+        with torch.device("meta"):  # whatever is made without a device has no values
+            first.step()
+            second.step()
+        assert_same(first, second, a, b, "default device")

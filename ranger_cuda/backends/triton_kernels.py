@@ -19,23 +19,25 @@ ROW_WORDS = tl.constexpr(9)
 SCALAR_WORDS, COEFFICIENTS = tl.constexpr(11), tl.constexpr(1)
 ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8))
 
-# A group's hyperparameters, in words: ranger_cuda.hyperparameters.Hyperparameters in its order,
-# then the address of a learning rate on the device (0: none) and whether that is float64.
-GROUP_WORDS = tl.constexpr(13)
+# What a step is told, in words: the address of each tensor's gradient; then those of three numbers
+# on the device (0: there is none), each with whether it is float64; then for each group
+# ranger_cuda.hyperparameters.Hyperparameters in its order, and a learning rate on the device.
+GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 6))
+GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
 
 
 @triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
 def write_words(
     to,
-    first: i64,  # noqa: F821
-    a: i64,  # noqa: F821
-    b: i64,  # noqa: F821
-    c: i64,  # noqa: F821
-    d: i64,  # noqa: F821
-    e: i64,  # noqa: F821
-    f: i64,  # noqa: F821
-    g: i64,  # noqa: F821
-    h: i64,  # noqa: F821
+    first: tl.int64,
+    a: tl.int64,
+    b: tl.int64,
+    c: tl.int64,
+    d: tl.int64,
+    e: tl.int64,
+    f: tl.int64,
+    g: tl.int64,
+    h: tl.int64,
 ):
     """Eight words at ``first``, out of the arguments of a launch: a captured graph has them too.
 
@@ -59,6 +61,19 @@ def float64_at(words, mask):
 
 
 @triton.jit
+def number_at(words, default, mask):
+    """The number on the device that two words tell of, as float64; ``default`` without one."""
+    address = tl.load(words, mask=mask, other=0)
+    is_float64 = tl.load(words + 1, mask=mask, other=0) != 0
+    there = mask & (address != 0)
+    single = address.to(tl.pointer_type(tl.float32))
+    double = address.to(tl.pointer_type(tl.float64))
+    narrow = tl.load(single, mask=there & (is_float64 == 0), other=0.0).to(tl.float64)
+    wide = tl.load(double, mask=there & is_float64, other=0.0)
+    return tl.where(there, tl.where(is_float64, wide, narrow), default)
+
+
+@triton.jit
 def ipow(base, exponent):
     """``base ** exponent`` by binary exponentiation, for exponents below 2^25."""
     result = base * 0.0 + 1.0
@@ -70,18 +85,18 @@ def ipow(base, exponent):
 
 
 @triton.jit(do_not_specialize=["count"])
-def schedule_kernel(
-    rows, scalars, gradients, groups, count, grad_scale, found_inf, norm, BLOCK: tl.constexpr
-):
+def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
     """Count a step for each tensor that moves, and find its scalars (``csrc/schedule.h``).
 
-    ``gradients``: for each tensor an address, or 1 where the rule reads none; 0: it rests.
+    A gradient's address is 1 where the rule reads none, and 0 where the tensor rests.
     """
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = row < count
-    active = inside & (tl.load(gradients + row, mask=inside, other=0) != 0)
-    if found_inf is not None:
-        active = active & (tl.load(found_inf + row * 0) == 0.0)
+    active = inside & (tl.load(told + row, mask=inside, other=0) != 0)
+    signals = told + count + row * 0
+    zero = tl.full([BLOCK], 0.0, tl.float64)
+    one = zero + 1.0
+    active = active & (number_at(signals + FOUND_INF, zero, active) == 0.0)
 
     record = rows + row * ROW_WORDS
     address = tl.load(record + STEP, mask=inside, other=0)
@@ -89,23 +104,9 @@ def schedule_kernel(
     step = tl.load(counter, mask=active, other=0.0).to(tl.int64) + 1
     group_and_type = tl.load(record + GROUP, mask=inside, other=0)
     is_float64 = (group_and_type >> 32) != 0
-    group = groups + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
+    group = told + count + SIGNAL_WORDS + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
 
-    lr = float64_at(group, active)
-    lr_address = tl.load(group + 11, mask=active, other=0)
-    lr_is_float64 = tl.load(group + 12, mask=active, other=0) != 0
-    lr_single = tl.load(
-        lr_address.to(tl.pointer_type(tl.float32)),
-        mask=active & (lr_address != 0) & (lr_is_float64 == 0),
-        other=0.0,
-    )
-    lr_double = tl.load(
-        lr_address.to(tl.pointer_type(tl.float64)),
-        mask=active & (lr_address != 0) & lr_is_float64,
-        other=0.0,
-    )
-    lr_there = tl.where(lr_is_float64, lr_double, lr_single.to(tl.float64))
-    lr = tl.where(lr_address != 0, lr_there, lr)
+    lr = number_at(group + GROUP_LR, float64_at(group, active), active)
     beta1 = float64_at(group + 1, active)
     beta2 = float64_at(group + 2, active)
     eps = float64_at(group + 3, active)
@@ -117,7 +118,6 @@ def schedule_kernel(
     decoupled = tl.load(group + 9, mask=active, other=0) != 0
     maximize = tl.load(group + 10, mask=active, other=0) != 0
 
-    one = beta1 * 0.0 + 1.0
     t = step.to(tl.float64)
     beta1_t = ipow(beta1, step)
     beta2_t = ipow(beta2, step)
@@ -136,15 +136,12 @@ def schedule_kernel(
     sync = (k > 0) & (step % tl.where(k > 0, k, 1) == 0)
     sync = sync & (tl.load(record + SLOW_PARAM, mask=inside, other=0) != 0)
 
-    scale = one
-    if grad_scale is not None:
-        scale = one / tl.load(grad_scale).to(tl.float64)
-    if norm is not None:
-        coefficient = max_grad_norm / (tl.load(norm).to(tl.float64) * scale + 1e-6)
-        clips = (max_grad_norm < float("inf")) & ((coefficient >= 1.0) == 0)
-        scale = tl.where(clips, scale * coefficient, scale)
+    scale = one / number_at(signals + GRAD_SCALE, one, active)
+    coefficient = max_grad_norm / (number_at(signals + NORM, zero, active) * scale + 1e-6)
+    clips = (max_grad_norm < float("inf")) & ((coefficient >= 1.0) == 0)
+    scale = tl.where(clips, scale * coefficient, scale)
     scale = tl.where(maximize, scale * -1.0, scale)  # -scale would be 0 - scale
-    l2 = tl.where(decoupled, one * 0.0, weight_decay)
+    l2 = tl.where(decoupled, zero, weight_decay)
 
     has_l2 = tl.where(is_float64, l2 != 0.0, l2.to(tl.float32) != 0.0)
     flags = (
@@ -251,14 +248,34 @@ def slow_block(p_at, slow_at, mask, alpha, SWAP: tl.constexpr):
 
 
 @triton.jit
-def whole_blocks(words, count, BLOCK: tl.constexpr):
-    """How many elements go in blocks without a mask, 16 bytes an access: all but a tail, where the
-    addresses, or-ed together, are multiples of 16 bytes, and none where one is not. Loaded from a
-    table, an address is of unknown alignment until ``multiple_of`` says it."""
-    whole = count // BLOCK * BLOCK
-    if words % 16 != 0:
+def split(word, differences, count, T: tl.constexpr, BLOCK: tl.constexpr):
+    """How many elements of a chunk come before the first that lies at a multiple of 16 bytes, and
+    how many from there on go in blocks without a mask, 16 bytes an access: none where the streams'
+    addresses, of which ``word`` is one and ``differences`` the bits that differ, are not alike."""
+    head = ((16 - (word & 15)) & 15) // (T.primitive_bitwidth // 8)
+    head = tl.minimum(head.to(tl.int32), count)
+    whole = (count - head) // BLOCK * BLOCK
+    if (differences & 15) != 0:
         whole = whole * 0
-    return whole
+    return head, whole
+
+
+@triton.jit
+def aligned(word, head, T: tl.constexpr):
+    """A pointer to the first element behind the head. Loaded from a table, an address is of unknown
+    alignment until ``multiple_of`` says it."""
+    first = word + head * (T.primitive_bitwidth // 8)
+    return tl.multiple_of(first.to(tl.pointer_type(T)), 16)
+
+
+@triton.jit
+def around(rest, head, whole):
+    """The element of a chunk that is the ``rest``-th of those before and behind the whole blocks.
+
+    Blocks of another length than the whole ones: the compiler gives all loads of a length the same
+    layout, and four neighbours a thread, one access each, would leave gaps between the threads.
+    """
+    return tl.where(rest < head, rest, rest + whole)
 
 
 @triton.jit
@@ -273,7 +290,7 @@ def radam_kernel(
     rows,
     scalars,
     chunks,
-    gradients,
+    told,
     first_chunk,
     T: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -303,7 +320,7 @@ def radam_kernel(
             tl.load(at + 9),
         )
         p_word = tl.load(record + PARAM)
-        g_word = tl.load(gradients + row)
+        g_word = tl.load(told + row)
         m_word = tl.load(record + EXP_AVG)
         v_word = tl.load(record + EXP_AVG_SQ)
         slow_word = tl.load(record + SLOW_PARAM)
@@ -325,16 +342,15 @@ def radam_kernel(
                 mask = start + lanes < count
                 radam_block(p_at, g_at, m_at, v_at, slow_at, mask, c, rectified, l2, sync, T)
         else:
-            words = p_word | g_word | m_word | v_word
+            differences = (p_word ^ g_word) | (p_word ^ m_word) | (p_word ^ v_word)
             if sync:
-                words = words | slow_word
-            whole = whole_blocks(words, count, BLOCK)
-            # Casts of their own: the other loop's addresses may be of any alignment.
-            p_wide = tl.multiple_of(p_word.to(tl.pointer_type(T)), 16)
-            g_wide = tl.multiple_of(g_word.to(tl.pointer_type(T)), 16)
-            m_wide = tl.multiple_of(m_word.to(tl.pointer_type(T)), 16)
-            v_wide = tl.multiple_of(v_word.to(tl.pointer_type(T)), 16)
-            slow_wide = tl.multiple_of(slow_word.to(tl.pointer_type(T)), 16)
+                differences = differences | (p_word ^ slow_word)
+            head, whole = split(p_word, differences, count, T, BLOCK)
+            p_wide = aligned(p_word, head, T)
+            g_wide = aligned(g_word, head, T)
+            m_wide = aligned(m_word, head, T)
+            v_wide = aligned(v_word, head, T)
+            slow_wide = aligned(slow_word, head, T)
             for start in range(0, whole, BLOCK):
                 i = begin + start + lanes
                 radam_block(
@@ -350,9 +366,10 @@ def radam_kernel(
                     sync,
                     T,
                 )
-            for start in range(whole, count, BLOCK):
-                i = begin + start + lanes
-                mask = start + lanes < count
+            some = tl.arange(0, BLOCK // 2)
+            for start in range(0, count - whole, BLOCK // 2):
+                i = begin + around(start + some, head, whole)
+                mask = start + some < count - whole
                 radam_block(p + i, g + i, m + i, v + i, slow + i, mask, c, rectified, l2, sync, T)
 
 
@@ -389,12 +406,13 @@ def slow_kernel(
                 slow_at = slow + strided_offset(layout, SLOW_PARAM, index)
                 slow_block(p_at, slow_at, start + lanes < count, alpha, SWAP)
         else:
-            whole = whole_blocks(p_word | slow_word, count, BLOCK)
-            p_wide = tl.multiple_of(p_word.to(tl.pointer_type(T)), 16)
-            slow_wide = tl.multiple_of(slow_word.to(tl.pointer_type(T)), 16)
+            head, whole = split(p_word, p_word ^ slow_word, count, T, BLOCK)
+            p_wide = aligned(p_word, head, T)
+            slow_wide = aligned(slow_word, head, T)
             for start in range(0, whole, BLOCK):
                 i = begin + start + lanes
                 slow_block(p_wide + i, slow_wide + i, None, alpha, SWAP)
-            for start in range(whole, count, BLOCK):
-                i = begin + start + lanes
-                slow_block(p + i, slow + i, start + lanes < count, alpha, SWAP)
+            some = tl.arange(0, BLOCK // 2)
+            for start in range(0, count - whole, BLOCK // 2):
+                i = begin + around(start + some, head, whole)
+                slow_block(p + i, slow + i, start + some < count - whole, alpha, SWAP)

@@ -8,8 +8,9 @@ uploads the addresses that changed, and launches.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,9 @@ CHUNK = 8192
 BLOCK = {torch.float32: 1024, torch.float64: 512}
 SCHEDULE_BLOCK = 128
 NUM_WARPS = 4
+
+# Of what a step is told (triton_kernels.py), in words.
+SIGNAL_WORDS, GROUP_WORDS = 6, 13
 
 
 def load_kernels() -> ModuleType:
@@ -55,7 +59,7 @@ class Memory:
     def __init__(self, tensor: Tensor) -> None:
         where = local(tensor)
         self.key = (where.data_ptr(), where.shape)
-        self.geometry = (where.dtype, where.stride())
+        self.geometry = (where.dtype, where.device, where.stride())
         real = plain(tensor)
         self.address = word(real.data_ptr())
         self.shape = real.shape
@@ -66,7 +70,7 @@ class Memory:
         where = local(tensor)
         if self.key != (where.data_ptr(), where.shape):
             return False
-        return same_object or self.geometry == (where.dtype, where.stride())
+        return same_object or self.geometry == (where.dtype, where.device, where.stride())
 
 
 class Row:
@@ -98,6 +102,7 @@ class Row:
             for key, memory in known
             if key is not None and memory is not None
         ]
+        self.has_slow = streams[2] is not None
         self.gradient_stride = self.param.stride  # until one is seen
 
     def fits(self, param: Tensor, state: dict[str, Any]) -> bool:
@@ -162,9 +167,10 @@ class Launch(NamedTuple):
 class DeviceTables:
     """The tables of one device's rows, and its launches (``csrc/cuda/geometry.h``)."""
 
-    def __init__(self, rows: list[Row], device: torch.device) -> None:
+    def __init__(self, rule: str, rows: list[Row], groups: int, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._rule = rule
+        self._stream = self._current_stream()
         kind_of = {row: (row.dtype, row.is_strided) for row in rows}
         self.rows = sorted(rows, key=lambda row: (row.dtype.itemsize, kind_of[row][1]))
         words: list[int] = []
@@ -198,57 +204,112 @@ class DeviceTables:
             begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
             if end > begin:
                 self.launches.append(Launch(*kind, begin, end - begin))
-        self._uploaded: dict[str, tuple[list[int], Tensor]] = {}
-        self._compile()
+        self._told: list[int] = []
+        length = len(self.rows) + SIGNAL_WORDS + groups * GROUP_WORDS
+        self._table = self._to_device(np.zeros(length, dtype=np.int64))
+        self._host: Tensor | None = None
+        self._try_out()
 
-    def _compile(self) -> None:
-        """What a step needs later than its first launch, so that it cannot fail there."""
-        kernels = load_kernels()
-        first = torch.zeros(8, dtype=torch.int64, device=self.device)
+    def _try_out(self) -> None:
+        """Compile and load all kernels, over tables of zeros, in which nothing moves.
+
+        A step must not fail in its middle, and a capture must find them loaded.
+        """
+        nothing = self._to_device(np.zeros(64, dtype=np.int64))
+        chunks = nothing.view(torch.int32)
         with on_device(self.device):
-            kernels.write_words[(1,)](first, 0, *range(8))  # a capture must find it loaded
+            load_kernels().write_words[(1,)](nothing, 0, *[0] * 8, enable_fp_fusion=False)
+            self._count_steps(nothing, nothing, nothing, 0)
             for launch in self.launches:
-                if hasattr(kernels.radam_kernel, "warmup"):  # Triton's interpreter has none
-                    kernels.radam_kernel.warmup(
-                        self.records,
-                        self.scalars,
-                        self.chunks,
-                        self.records,
-                        launch.first_chunk,
-                        grid=(launch.chunks,),
-                        **options(kernels, launch),
-                    )
+                one = launch._replace(first_chunk=0, chunks=1)
+                if self._rule == "RADAM":
+                    self._radam(one, nothing, nothing, chunks, nothing)
+                if self._rule == "LOOKAHEAD":
+                    self._slow(one, nothing, nothing, chunks, swap=False)
+                if any(row.has_slow for row in self.rows):
+                    self._slow(one, nothing, nothing, chunks, swap=True)
+
+    def launch(self, told: list[int]) -> None:
+        """Count a step of what moves, and run the rule on it. Nothing waits for the device."""
+        table = self._tell(told)
+        self._count_steps(self.records, self.scalars, table, len(self.rows))
+        for launch in self.launches:
+            if self._rule == "RADAM":
+                self._radam(launch, self.records, self.scalars, self.chunks, table)
+            else:
+                self._slow(launch, self.records, self.scalars, self.chunks, swap=False)
+
+    def swap(self) -> None:
+        """All parameters and slow weights change places."""
+        for launch in self.launches:
+            self._slow(launch, self.records, self.scalars, self.chunks, swap=True)
 
     def used_now(self) -> None:
         """Keep the memory from the stream it was made on while the current one reads it."""
-        if self.device.type == "cuda" and not is_capturing():
-            stream = torch.cuda.current_stream(self.device)
-            if stream != self._stream:
-                uploads = [table for _, table in self._uploaded.values()]
-                for table in (self.records, self.scalars, self.chunks, self.layouts, *uploads):
-                    table.record_stream(stream)
+        stream = self._current_stream()
+        if stream != self._stream and not is_capturing():
+            for table in (self.records, self.scalars, self.chunks, self.layouts, self._table):
+                table.record_stream(stream)
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def reserve(self) -> None:
+        """The host's memory for what the next launch is told, which then allocates nothing.
 
-    def upload(self, name: str, words: list[int]) -> Tensor:
-        """``words`` on the device; those of the last step, if they are these. Nothing waits for it.
+        Fresh each time: the last one may still be on its way to the device.
+        """
+        if not is_capturing():
+            pinned = self.device.type != "cpu"
+            self._host = torch.empty(
+                len(self._table), dtype=torch.int64, device="cpu", pin_memory=pinned
+            )
+
+    def _tell(self, told: list[int]) -> Tensor:
+        """These words on the device.
 
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
         if is_capturing():
-            table = torch.empty(-(-len(words) // 8) * 8, dtype=torch.int64, device=self.device)
-            kernels = load_kernels()
-            for first in range(0, len(words), 8):
-                eight = (words[first : first + 8] + [0] * 8)[:8]
-                kernels.write_words[(1,)](table, first, *eight)
+            room = -(-len(told) // 8) * 8
+            table = torch.empty(room, dtype=torch.int64, device=self.device)
+            for first in range(0, len(told), 8):
+                eight = (told[first : first + 8] + [0] * 8)[:8]
+                load_kernels().write_words[(1,)](table, first, *eight, enable_fp_fusion=False)
             return table
-        before, table = self._uploaded.get(name, ([], torch.empty(0)))
-        if before != words:
-            host = torch.tensor(words, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-            table = host.to(self.device, non_blocking=True)
-            self._uploaded[name] = (words, table)
-        return table
+        if self._told != told:
+            assert self._host is not None
+            self._host.numpy()[:] = told
+            self._table.copy_(self._host, non_blocking=True)
+            self._told = told
+        return self._table
+
+    def _count_steps(self, records: Tensor, scalars: Tensor, told: Tensor, count: int) -> None:
+        grid = (-(-count // SCHEDULE_BLOCK) or 1,)
+        load_kernels().schedule_kernel[grid](
+            records, scalars, told, count, BLOCK=SCHEDULE_BLOCK, enable_fp_fusion=False
+        )
+
+    def _radam(
+        self, launch: Launch, records: Tensor, scalars: Tensor, chunks: Tensor, told: Tensor
+    ) -> None:
+        kernels = load_kernels()
+        kernels.radam_kernel[(launch.chunks,)](
+            records, scalars, chunks, told, launch.first_chunk, **options(kernels, launch)
+        )
+
+    def _slow(
+        self, launch: Launch, records: Tensor, scalars: Tensor, chunks: Tensor, swap: bool
+    ) -> None:
+        kernels = load_kernels()
+        kernels.slow_kernel[(launch.chunks,)](
+            records, scalars, chunks, launch.first_chunk, SWAP=swap, **options(kernels, launch)
+        )
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _current_stream(self) -> Any:
+        if self.device.type == "cpu":
+            return None  # Triton's interpreter
+        return torch.get_device_module(self.device).current_stream(self.device)
 
 
 class TritonPlan:
@@ -267,6 +328,8 @@ class TritonPlan:
         self._devices: list[torch.device] = []
         self._tables: dict[torch.device, DeviceTables] = {}
         self._active: dict[Row, Tensor | None] = {}  # what moves now, and its gradient
+        self._groups = 0
+        self._busy = threading.Lock()
 
     def add_row(
         self,
@@ -309,11 +372,32 @@ class TritonPlan:
         moved: list[bool] | None = None,
     ) -> bool:
         """Whether the plan still describes this optimizer; if so, what moves now is noted."""
+        with self._alone():
+            return self._collect(param_groups, optimizer_state, moved)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("another thread is stepping this optimizer; let one step at a time")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _collect(
+        self,
+        param_groups: list[dict[str, Any]],
+        optimizer_state: dict[Tensor, Any],
+        moved: list[bool] | None,
+    ) -> bool:
         found: list[tuple[Tensor, int]] = [
             (param, i) for i, group in enumerate(param_groups) for param in group["params"]
         ]
         if len(found) != len(self._entries):
             return False
+        if len(param_groups) != self._groups:
+            self._groups = len(param_groups)
+            self._tables.clear()  # they have room for the groups there were
         self._active = {}
         for position, ((param, group), entry) in enumerate(zip(found, self._entries, strict=True)):
             known, known_group, kind, index = entry
@@ -338,7 +422,9 @@ class TritonPlan:
                         "with gradients laid out as in the capture"
                     )
                 rows = [row for row in self._rows if row.device == device]
-                self._tables[device] = DeviceTables(rows, device)
+                with torch.inference_mode(False):  # tables made in it could not be written outside
+                    self._tables[device] = DeviceTables(self._rule, rows, self._groups, device)
+            self._tables[device].reserve()
         return True
 
     def _gradient(self, row: Row, param: Tensor) -> Tensor:
@@ -363,59 +449,25 @@ class TritonPlan:
 
         ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
         """
-        try:
-            for device, signal in zip(self._devices, signals, strict=True):
-                tables = self._tables[device]
-                # 1 for a parameter that moves without: the rule reads none, or it is empty.
-                gradients = [
-                    self._address(self._active[row]) if row in self._active else 0
-                    for row in tables.rows
-                ]
-                with on_device(device):
-                    self._launch_on(tables, gradients, hypers, signal)
-        finally:
-            self._active = {}
+        with self._alone():
+            try:
+                for device, signal in zip(self._devices, signals, strict=True):
+                    tables = self._tables[device]
+                    # 1 for a parameter that moves without: the rule reads none, or it is empty.
+                    told = [
+                        self._address(self._active[row]) if row in self._active else 0
+                        for row in tables.rows
+                    ]
+                    told += signal_words(signal) + group_words(hypers, signal.lr)
+                    with on_device(device):
+                        self._keep(tables)
+                        tables.launch(told)
+            finally:
+                self._active = {}
 
     @staticmethod
     def _address(gradient: Tensor | None) -> int:
         return 1 if gradient is None else word(gradient.data_ptr()) or 1
-
-    def _launch_on(
-        self,
-        tables: DeviceTables,
-        gradients: list[int],
-        hypers: Sequence[Hyperparameters],
-        signal: Signals,
-    ) -> None:
-        kernels = load_kernels()
-        at = tables.upload("gradients", gradients)
-        groups = tables.upload("groups", group_words(hypers, signal.lr))
-        self._keep(tables)
-        count = len(tables.rows)
-        kernels.schedule_kernel[(-(-count // SCHEDULE_BLOCK),)](
-            tables.records,
-            tables.scalars,
-            at,
-            groups,
-            count,
-            signal.grad_scale,
-            signal.found_inf,
-            signal.norm,
-            BLOCK=SCHEDULE_BLOCK,
-            enable_fp_fusion=False,
-        )
-        if self._rule == "LOOKAHEAD":
-            self._pass(tables, swap=False)
-            return
-        for launch in tables.launches:
-            kernels.radam_kernel[(launch.chunks,)](
-                tables.records,
-                tables.scalars,
-                tables.chunks,
-                at,
-                launch.first_chunk,
-                **options(kernels, launch),
-            )
 
     def moved(self) -> list[Tensor]:
         """The parameters that move in the step that was collected."""
@@ -424,31 +476,20 @@ class TritonPlan:
 
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
-        self._active = {}
+        if not self._busy.locked():
+            self._active = {}
 
     def swap(self, num_threads: int) -> None:
         """Parameters and slow weights change places, those of all rows. After a ``collect``."""
-        for device in self._devices:
-            with on_device(device):
-                self._keep(self._tables[device])
-                self._pass(self._tables[device], swap=True)
-
-    @staticmethod
-    def _pass(tables: DeviceTables, *, swap: bool) -> None:
-        kernels = load_kernels()
-        for launch in tables.launches:
-            kernels.slow_kernel[(launch.chunks,)](
-                tables.records,
-                tables.scalars,
-                tables.chunks,
-                launch.first_chunk,
-                SWAP=swap,
-                **options(kernels, launch),
-            )
+        with self._alone():
+            for device in self._devices:
+                with on_device(device):
+                    self._keep(self._tables[device])
+                    self._tables[device].swap()
 
     def _keep(self, tables: DeviceTables) -> None:
         tables.used_now()
-        if is_capturing():
+        if is_capturing() and tables not in self._captured:
             self._captured.append(tables)
 
 
@@ -465,6 +506,22 @@ def options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
     }
 
 
+def number_words(number: Tensor | None) -> list[int]:
+    """Where a number is on the device, and whether it is float64."""
+    if number is None:
+        return [0, 0]
+    return [word(number.data_ptr()), int(number.dtype == torch.float64)]
+
+
+def signal_words(signals: Signals) -> list[int]:
+    """What a device's kernels read there, as the schedule kernel is told."""
+    return [
+        *number_words(signals.grad_scale),
+        *number_words(signals.found_inf),
+        *number_words(signals.norm),
+    ]
+
+
 def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None]) -> list[int]:
     """The hyperparameters of all groups, as the schedule kernel reads them."""
     words = []
@@ -473,7 +530,7 @@ def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None])
         bits[7] = hyper.k
         words += bits.tolist()
         words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
-        words += [0, 0] if lr is None else [word(lr.data_ptr()), int(lr.dtype == torch.float64)]
+        words += number_words(lr)
     return words
 
 

@@ -1,0 +1,465 @@
+"""How the Triton backend's plan compiles, launches and keeps memory, on a GPU that does nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import assert_same, assert_same_bits, give_gradients, twins
+from ranger_cuda import Lookahead, RAdam, Ranger, support
+from ranger_cuda.backends import triton_plan
+from targets import fresh_kernels, interpreted_kernels, open_target, plan_for_triton_on_the_cpu
+
+triton = pytest.importorskip("triton")
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
+driver = pytest.importorskip("triton.runtime.driver").driver
+
+
+class IdleGPU:
+    """A driver of Triton's for an sm_90 that loads what is compiled and runs nothing."""
+
+    def __init__(self):
+        self.utils = self
+        self.loaded: list[str] = []
+        self.launched: list[str] = []
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, name, *_):
+        self.loaded.append(name)
+        return object(), object(), 32, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+    def launcher_cls(self, source, metadata):
+        return lambda *_: self.launched.append(source.fn.__name__)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """``backend="triton"`` compiles for it, and finds it with nothing compiled yet."""
+    kernels = fresh_kernels()
+    plan_for_triton_on_the_cpu(monkeypatch, kernels)
+    idle = IdleGPU()
+    monkeypatch.setattr(driver, "_active", idle)
+    yield idle
+    for kernel in vars(kernels).values():  # they are unloaded while there is a driver
+        getattr(kernel, "device_caches", {}).clear()
+    gc.collect()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    return open_target("interpreted", monkeypatch)
+
+
+def with_gradients(*tensors):
+    params = [torch.nn.Parameter(tensor) for tensor in tensors]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+# --- compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_the_first_step_compiles_all_that_any_later_one_needs(gpu, monkeypatch, wrapper):
+    """Whatever hyperparameters, scaling, clipping, addresses, captures and swaps come later."""
+    params = with_gradients(
+        torch.randn(5000), torch.randn(6, 8)[:, ::2], torch.randn(9, dtype=torch.float64)
+    )
+    if wrapper:
+        optimizer = Lookahead(RAdam(params, backend="triton"), k=2, backend="triton")
+        inner = optimizer.optimizer
+    else:
+        optimizer = inner = Ranger(params, k=2, backend="triton")
+    optimizer.step()
+    first = list(gpu.loaded)
+    assert {"write_words", "schedule_kernel", "radam_kernel", "slow_kernel"} == set(first)
+
+    numbers = torch.ones(8), torch.ones(8, dtype=torch.float64)
+    for step in range(12):
+        inner.param_groups[0].update(lr=0.1 / (step + 1), eps=1e-6 * (step + 1), weight_decay=step)
+        if step % 4 == 2:
+            inner.param_groups[0]["lr"] = numbers[step % 3 == 0][step % 8]
+        if step > 3 and not wrapper:
+            inner.found_inf = numbers[step % 2][step % 8]  # of either type, at any alignment
+            inner.grad_scale = numbers[step % 3 == 0][1]
+            inner.param_groups[0]["max_grad_norm"] = 0.5
+        monkeypatch.setattr(triton_plan, "is_capturing", lambda step=step: step in (8, 9))
+        odd = torch.randn(5001)[1:]
+        params[0].grad = odd if step % 2 else odd.clone()
+        optimizer.step()
+        with optimizer.slow_weights():
+            pass
+    optimizer.add_param_group({"params": with_gradients(torch.randn(3)), "lr": 0.5})
+    optimizer.step()
+    assert gpu.loaded == first
+
+
+def test_a_model_without_slow_weights_compiles_no_kernel_for_them(gpu):
+    optimizer = RAdam(with_gradients(torch.randn(50)), backend="triton")
+    optimizer.step()
+    assert sorted(gpu.loaded) == ["radam_kernel", "schedule_kernel", "write_words"]
+
+
+def test_a_step_is_a_launch_for_the_schedule_and_one_for_the_model(gpu):
+    optimizer = Ranger(with_gradients(*(torch.randn(n) for n in range(1, 100))), backend="triton")
+    optimizer.step()
+    gpu.launched.clear()
+    optimizer.step()
+    assert gpu.launched == ["schedule_kernel", "radam_kernel"]
+
+
+# --- a failure changes nothing -------------------------------------------------------------------
+
+
+class Failing:
+    """A kernel that cannot be launched after ``calls`` more times."""
+
+    def __init__(self, kernel, calls=0):
+        self.kernel = kernel
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            if self.calls == 0:
+                raise RuntimeError("it cannot be compiled")
+            self.calls -= 1
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize("name", ["write_words", "schedule_kernel", "radam_kernel", "slow_kernel"])
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_a_kernel_that_cannot_be_compiled_fails_before_anything_moves(
+    interpreted, monkeypatch, name, wrapper
+):
+    kernels = interpreted_kernels()
+    params = with_gradients(torch.randn(5), torch.randn(70))
+    optimizer = Ranger(params, backend="triton")
+    if wrapper:
+        inner = RAdam(params, backend="reference")
+        optimizer = Lookahead(inner, k=1, backend="triton")
+    before = [p.detach().clone() for p in params]
+    monkeypatch.setattr(kernels, name, Failing(getattr(kernels, name)))
+    if wrapper and name == "radam_kernel":
+        optimizer.step()  # which it does not launch
+        return
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        optimizer.step()
+    for p, value in zip(params, before, strict=True):
+        assert_same_bits(p, value, "parameter")
+        counts = [v for k, v in optimizer.state.get(p, {}).items() if k.endswith("step")]
+        assert all(count == 0 for count in counts)
+
+
+def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monkeypatch):
+    """Beside a compiled backend's parameters, which come first."""
+    monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
+    double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
+    monkeypatch.setitem(support.BACKENDS, "triton", double)
+    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
+    optimizer = Ranger(params)
+    optimizer.step()
+    assert len(optimizer._dispatcher._plans) == 2
+    before = [p.detach().clone() for p in params]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+
+    def fail(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(triton_plan.DeviceTables, "reserve", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    for i, (p, value) in enumerate(zip(params, before, strict=True)):
+        assert_same_bits(p, value, "parameter")
+        for name, saved in state[i].items():
+            assert_same_bits(optimizer.state[p][name], saved, name)
+
+
+def test_a_swap_that_fails_half_way_is_undone(interpreted, monkeypatch):
+    """Parameters of a compiled backend, swapped first, come back."""
+    monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
+    double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
+    monkeypatch.setitem(support.BACKENDS, "triton", double)
+    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
+    optimizer = Ranger(params, k=4)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    kernels = interpreted_kernels()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "slow_kernel", Failing(kernels.slow_kernel))
+        with pytest.raises(RuntimeError, match="cannot be compiled"), optimizer.slow_weights():
+            pytest.fail("the slow weights are not in")
+    for p, value in zip(params, before, strict=True):
+        assert_same_bits(p, value, "parameter")
+    with optimizer.slow_weights():
+        assert not torch.equal(params[1], before[1])
+
+
+def test_a_second_thread_is_refused(interpreted, monkeypatch):
+    kernels = interpreted_kernels()
+    a, b = twins([torch.randn(70)])
+    optimizer, expected = Ranger(a, backend="triton"), Ranger(b, backend="reference")
+    refusals = []
+
+    class Meanwhile:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+                return real[grid](*args, **options)
+
+            return launch
+
+    def other():
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            refusals.append(str(error))
+
+    give_gradients([torch.randn(70)], a, b)
+    optimizer.step()
+    expected.step()
+    real = kernels.radam_kernel
+    monkeypatch.setattr(kernels, "radam_kernel", Meanwhile())
+    optimizer.step()
+    expected.step()
+    assert len(refusals) == 1
+    assert "another thread" in refusals[0]
+    assert_same(optimizer, expected, a, b, "with a second thread")
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Streams:
+    """A GPU's current stream, and which tensors were recorded for which."""
+
+    def __init__(self, patch):
+        self.current = "first"
+        self.recorded: set[tuple[int, str]] = set()
+        patch.setattr(
+            triton_plan.DeviceTables, "_current_stream", lambda tables: self.current, raising=True
+        )
+        patch.setattr(
+            torch.Tensor,
+            "record_stream",
+            lambda tensor, stream: self.recorded.add((tensor.data_ptr(), stream)),
+        )
+
+
+def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
+    """Freed, memory goes to the stream it was made on, unless it is recorded for the others."""
+    streams = Streams(monkeypatch)
+    params = with_gradients(torch.randn(5), torch.randn(6, 8)[:, ::2])
+    optimizer = Ranger(params, k=2, backend="triton")
+    optimizer.step()
+    assert not streams.recorded
+    (tables,) = optimizer._dispatcher._plans[0]._tables.values()
+    everything = [value for value in vars(tables).values() if isinstance(value, torch.Tensor)]
+    on_device = {t.data_ptr() for t in everything if t is not tables._host}
+    assert len(on_device) == 5
+    streams.current = "second"
+    optimizer.step()
+    assert streams.recorded == {(address, "second") for address in on_device}
+    streams.recorded.clear()
+    streams.current = "third"
+    with optimizer.slow_weights():
+        pass
+    assert streams.recorded == {(address, "third") for address in on_device}
+
+
+def test_what_a_step_is_told_never_overwrites_what_is_on_its_way(interpreted):
+    params = with_gradients(torch.randn(5))
+    optimizer = Ranger(params, backend="triton")
+    hosts = []
+    for _ in range(4):
+        params[0].grad = torch.randn(5)
+        optimizer.step()
+        (tables,) = optimizer._dispatcher._plans[0]._tables.values()
+        hosts.append(tables._host)
+    assert len({host.data_ptr() for host in hosts}) == 4
+
+
+def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
+    params = with_gradients(torch.randn(5))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+    for _ in range(3):
+        optimizer.step()
+    captured = optimizer._dispatcher._captured
+    assert len(captured) == 1
+    optimizer._dispatcher.reset()
+    assert captured is optimizer._dispatcher._captured
+    assert len(captured) == 1
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
+    """One chunk far inside of it, with base addresses moved back, so that only the chunk exists."""
+    kernels = interpreted_kernels()
+    tl = kernels.tl
+    chunk, index, length = 64, 2**31 // 64 + 5, 50
+    begin = index * chunk
+    streams = [torch.rand(length) for _ in range(5)]  # p, g, m, v, slow
+    expected = [stream.clone() for stream in streams]
+    layout = torch.tensor([1, begin + length, 1, 1, 1, 1, 1])
+    for strided in (False, True):
+        words = [triton_plan.word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
+        record = torch.tensor([[*words, begin + length, 0, layout.data_ptr(), 0]])
+        record[0, 1] = 0
+        flags = kernels.ACTIVE.value | kernels.RECTIFIED.value | kernels.SYNC.value
+        scalars = torch.zeros(1, 11, dtype=torch.int64)
+        scalars[0, 0] = flags
+        c = torch.tensor([1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 0.1, 0.5])
+        scalars[0, 1:].view(torch.float32)[:10] = c
+        kernels.radam_kernel[(1,)](
+            record,
+            scalars,
+            torch.tensor([[0, index]], dtype=torch.int32),
+            torch.tensor([words[1]]),
+            0,
+            T=tl.float32,
+            STRIDED=strided,
+            CHUNK=chunk,
+            BLOCK=32,
+        )
+        p, g, m, v, slow = expected
+        m = c[2] * m + c[3] * g
+        v = c[4] * v + c[5] * (g * g)
+        u = m / (torch.from_numpy(np.sqrt(v.numpy())) + c[6])
+        p = p - c[8] * u
+        slow = slow + c[9] * (p - slow)
+        expected = [slow, g, m, v, slow]
+        for found, wanted in zip(streams, expected, strict=True):
+            assert_same_bits(found, wanted, f"{strided=}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_accesses_are_at_multiples_of_16_bytes_wherever_tensors_lie(
+    interpreted, monkeypatch, dtype
+):
+    """All streams at the same odd address are wide behind a head; at different ones, never."""
+    kernels = interpreted_kernels()
+    wide_at: set[tuple[int, ...]] = set()
+
+    def watch(name, streams):
+        block = getattr(kernels, name)
+
+        def watched(*args):
+            is_wide = getattr(args[streams], "value", args[streams]) is None  # no mask
+            if is_wide:
+                addresses = [int(pointer.handle.data.flat[0]) for pointer in args[:streams]]
+                syncs = name == "slow_block" or bool(args[9].handle.data.any())
+                wide_at.add(tuple(address % 16 for address in addresses[: 4 + syncs]))
+            return block(*args)
+
+        monkeypatch.setattr(kernels, name, watched)
+
+    watch("radam_block", 5)
+    watch("slow_block", 2)
+    item = dtype.itemsize
+
+    def at(offset, values):
+        """``values`` at an address of ``offset`` elements behind a multiple of 64 bytes."""
+        room = torch.zeros(values.numel() + 64, dtype=values.dtype)
+        start = -(room.data_ptr() // item) % (64 // item) + offset
+        return room[start : start + values.numel()].copy_(values)
+
+    def run(name, offsets):
+        wide_at.clear()
+        a, b = twins([torch.randn(150, dtype=dtype)])
+        a[0].data = at(offsets[0], a[0].data)
+        first, second = Ranger(a, k=2, backend="triton"), Ranger(b, k=2, backend="reference")
+        for step in range(8):
+            gradient = torch.randn(150, dtype=dtype)
+            a[0].grad, b[0].grad = at(offsets[1], gradient), gradient
+            if step == 1:
+                state = first.state[a[0]]
+                for key, offset in zip(("exp_avg", "exp_avg_sq"), offsets[2:], strict=True):
+                    state[key] = at(offset, state[key])
+                state["slow_param"] = at(offsets[0], state["slow_param"])
+            if step == 2:
+                wide_at.clear()
+            first.step()
+            second.step()
+            assert_same(first, second, a, b, f"{name}, step {step}")
+        with first.slow_weights(), second.slow_weights():
+            assert_same_bits(a[0], b[0], name)
+        assert_same(first, second, a, b, f"{name}, after a swap")
+
+    lanes = 16 // item
+    for offset in range(lanes):
+        run(f"alike at {offset}", [offset] * 4)
+        assert wide_at == {(0,) * 4, (0,) * 5, (0,) * 2}
+    for stream in range(1, 4):
+        offsets = [1] * 4
+        offsets[stream] = 0
+        run(f"stream {stream} lies otherwise", offsets)
+        assert wide_at == {(0, 0)}  # parameter and slow weights, in the swap
+
+
+# --- which machine -------------------------------------------------------------------------------
+
+
+def test_triton_is_chosen_where_the_extension_has_no_cuda(monkeypatch):
+    param = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, is_neg=lambda: False)
+    monkeypatch.setattr(support, "_triton_obstacle", lambda: None)
+    cause = support.Obstacle("the extension has no CUDA kernels", "build anew")
+    monkeypatch.setattr(support, "obstacle", {"cuda": cause}.get)
+    assert support.choose(None, param, "it") == "triton"
+    monkeypatch.setattr(support, "obstacle", {}.get)
+    assert support.choose(None, param, "it") == "cuda"
+
+
+def triton_obstacle():
+    support._triton_obstacle.cache_clear()
+    return support.obstacle("triton")
+
+
+def test_devices_that_triton_cannot_serve_here_say_why(monkeypatch):
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+        assert "TRITON_INTERPRET" in triton_obstacle().fix
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+        monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Arc", raising=False)
+        small = SimpleNamespace(has_fp64=False)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda: small)
+        assert "Arc has no float64" in triton_obstacle().cause
+    finally:
+        support._triton_obstacle.cache_clear()
+
+
+def test_a_capture_on_any_vendor_s_device_is_seen(monkeypatch):
+    from ranger_cuda import tensors
+
+    assert not tensors.is_capturing()
+    for module in (torch.cuda, torch.xpu):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "is_available", lambda: True)
+            patch.setattr(module, "is_current_stream_capturing", lambda: True, raising=False)
+            assert tensors.is_capturing()
