@@ -24,7 +24,10 @@ format:  ## format Python and C++
 bench:  ## measure the step against its peers (see benchmarks/README.md)
 	$(PYTHON) benchmarks/step_time.py
 
+experiments:  ## show again what the papers show (see docs/experiments/README.md)
+	$(PYTHON) -m benchmarks.experiments
+
 gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
 	$(PYTHON) benchmarks/on_gpu.py
 
-.PHONY: help install test lint format bench gpu
+.PHONY: help install test lint format bench experiments gpu

@@ -58,12 +58,14 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Bytes of shape (batch, time) to logits of shape (batch, time, 256)."""
 
+    block = Block
+
     def __init__(self, shape: Shape, seed: int) -> None:
         """Initialise as GPT-2 does, from ``seed`` alone: the same weights for every optimizer."""
         super().__init__()
         self.token_embedding = nn.Embedding(VOCABULARY, shape.width)
         self.position_embedding = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
+        self.blocks = nn.Sequential(*(self.block(shape) for _ in range(shape.layers)))
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, VOCABULARY, bias=False)
 

@@ -1,0 +1,76 @@
+"""``python -m benchmarks.experiments``: run them, and draw what came out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from . import EXPERIMENTS
+
+_EPILOG = """\
+Each experiment prints a table and leaves NAME.jsonl, a line a finished job, and NAME.png in --out.
+Ctrl-C loses the jobs under way; the same command goes on from the others. All together take about
+three quarters of an hour on two CPU cores; --quick tries everything in a minute or two.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    needed = ("rich", "matplotlib", "mlxtend")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        return _error(
+            f"this needs {', '.join(missing)}, not installed here: pip install "
+            f'{" ".join(missing)} (or, in the clone, pip install -e ".[experiments]")'
+        )
+    from rich.console import Console
+
+    from .runner import carry_out, module
+    from .store import OtherEnvironment
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments",
+        description="What the papers on RAdam and Lookahead show, shown again.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    titles = "; ".join(f"{name}: {module(name).TITLE}" for name in EXPERIMENTS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of: {titles}")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes, of one thread each (default: one a core)",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps of each")
+    parser.add_argument("--fresh", action="store_true", help="forget the finished jobs in --out")
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(args.names) - set(EXPERIMENTS)):
+        parser.error(f"no experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} is below 1")
+    console = Console()
+    try:
+        for name in args.names or EXPERIMENTS:
+            carry_out(name, args.out, args.jobs, args.quick, args.fresh, console)
+    except OtherEnvironment as error:
+        return _error(str(error))
+    except OSError as error:
+        return _error(f"cannot write to {args.out}: {error.strerror}; choose another --out")
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from the finished jobs.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _error(reason: str) -> int:
+    print(f"python -m benchmarks.experiments: error: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The optimizers that the experiments compare, by the names that the figures print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import ranger_cuda
+
+Contestant = dict[str, Any]
+"""``name`` and ``lr``; optionally ``warmup`` (steps in which the learning rate rises linearly),
+``cosine`` (whether it then falls to 0 with the last step), and arguments of the optimizer."""
+
+
+def _adam(params: Iterable[Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def _radam(params: Iterable[Parameter], lr: float, **options: Any) -> Optimizer:
+    return ranger_cuda.RAdam(params, lr=lr, decoupled_weight_decay=True, **options)
+
+
+def _sgd(params: Iterable[Parameter], lr: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True)
+
+
+def _lookahead_adam(params: Iterable[Parameter], lr: float, **options: Any) -> Optimizer:
+    return ranger_cuda.Lookahead(_adam(params, lr, **options))
+
+
+def _lookahead_sgd(params: Iterable[Parameter], lr: float, k: int, alpha: float) -> Optimizer:
+    return ranger_cuda.Lookahead(_sgd(params, lr), k=k, alpha=alpha)
+
+
+class Style(NamedTuple):
+    """How to build a contestant, and its colour in every figure (Okabe and Ito's palette)."""
+
+    build: Callable[..., Optimizer]
+    colour: str
+    line: str = "-"
+
+
+STYLES = {
+    "Ranger": Style(ranger_cuda.Ranger, "#D55E00"),
+    "Ranger, cosine": Style(ranger_cuda.Ranger, "#D55E00", "--"),
+    "RAdam": Style(_radam, "#009E73"),
+    "Adam": Style(_adam, "#0072B2"),
+    "Adam, warmup": Style(_adam, "#56B4E9"),
+    "AdamW": Style(_adam, "#0072B2"),
+    "AdamW, warmup + cosine": Style(_adam, "#0072B2", "--"),
+    "Lookahead(AdamW)": Style(_lookahead_adam, "#CC79A7"),
+    "Lookahead(SGD)": Style(_lookahead_sgd, "#E69F00"),
+    "SGD": Style(_sgd, "#E69F00"),
+}
+
+
+def build(
+    contestant: Contestant, params: Iterable[Parameter], steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer, and its schedule over ``steps`` steps."""
+    options = dict(contestant)
+    warmup = options.pop("warmup", 0)
+    cosine = options.pop("cosine", False)
+    optimizer = STYLES[options.pop("name")].build(params, **options)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(steps - warmup, 1)
+        return (1 + math.cos(math.pi * progress)) / 2 if cosine else 1.0
+
+    return optimizer, LambdaLR(optimizer, factor)

@@ -1,0 +1,114 @@
+"""Finished jobs, a line of JSON each: the raw result, and what an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import ranger_cuda
+
+from . import Job, Results
+
+
+class OtherEnvironment(Exception):
+    """The finished jobs were run with something else than what is here."""
+
+
+class Store:
+    """The results of one experiment in ``path``, whose first line says what they were run with."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._results: dict[str, dict[str, Any]] = {}
+        self._environment: dict[str, Any] | None = None
+        text = path.read_text() if path.exists() else ""
+        self._whole = text[: text.rfind("\n") + 1]  # what killed a run may have cut a line short
+        for line in self._whole.splitlines():
+            entry = json.loads(line)
+            if "environment" in entry:
+                self._environment = entry["environment"]
+            else:
+                self._results[_key(entry["job"])] = entry["result"]
+
+    def missing(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those that are not finished."""
+        return [job for job in jobs if _key(job) not in self._results]
+
+    def results(self, jobs: Iterable[Job]) -> Results:
+        """Those that are."""
+        return [(job, self._results[_key(job)]) for job in jobs if _key(job) in self._results]
+
+    def prepare(self) -> None:
+        """Get ready for more results.
+
+        Raises:
+            OtherEnvironment: those that are there come from elsewhere.
+        """
+        here = environment()
+        if self._environment is None:
+            self._environment = here
+            self._whole = json.dumps({"environment": here}) + "\n"
+        differences = [
+            f"{name} was {self._environment.get(name)} and is {value}"
+            for name, value in here.items()
+            if self._environment.get(name) != value
+        ]
+        if differences:
+            raise OtherEnvironment(
+                f"{self._path} is unfinished and comes from elsewhere ({'; '.join(differences)}); "
+                "start over with --fresh, or choose another --out"
+            )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(self._whole)
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """Save a finished job."""
+        result = _plain(result)
+        self._results[_key(job)] = result
+        line = json.dumps({"job": job, "result": result}) + "\n"
+        self._whole += line
+        with self._path.open("a") as file:
+            file.write(line)
+
+
+def environment() -> dict[str, Any]:
+    """What may change the last bits of a result, and its times."""
+    return {
+        "ranger_cuda": ranger_cuda.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _key(job: Job) -> str:
+    return json.dumps(job, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """Six digits, and null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
