@@ -67,7 +67,9 @@ void set_stream(TensorRow& row, Stream stream, const DLTensor& tensor,
 struct StepPlan::Busy {
   explicit Busy(StepPlan& plan) : plan(plan), memory(plan.life_->memory) {
     if (plan.busy_) {
-      throw std::runtime_error("another thread is stepping this optimizer; let one step at a time");
+      throw std::runtime_error(
+          "another step of this optimizer is under way, in another thread or a hook; let one at a "
+          "time");
     }
     plan.busy_ = true;
   }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ class _Completion:
         self._state = state
         self._new_state = new_state
         self._missing: dict[Tensor, dict[str, Any]] = {}
+        self._before: dict[Tensor, dict[str, Any] | None] = {}
         self.rows: list[tuple[Member, Tensor | None]] = []  # the reference's, and their gradients
 
     def add(self, member: Member, backend: str, *, reads_grad: bool) -> None:
@@ -122,7 +123,18 @@ class _Completion:
     def commit(self) -> None:
         """Nothing was wrong."""
         for param, missing in self._missing.items():
+            known = self._state.get(param)
+            self._before[param] = None if known is None else dict(known)
             self._state.setdefault(param, {}).update(missing)
+
+    def undo(self) -> None:
+        """Something was, after all."""
+        for param, before in self._before.items():
+            if before is None:
+                del self._state[param]
+            else:
+                self._state[param].clear()
+                self._state[param].update(before)
 
 
 class Dispatcher:
@@ -176,7 +188,13 @@ class Dispatcher:
         else:
             self.reset()
             self._make_plan(param_groups, state, complete, moved)
-            if not self._collect_native(param_groups, state, moved):
+            try:
+                fits = self._collect_native(param_groups, state, moved)
+            except BaseException:  # a table or a kernel that cannot be had
+                self.reset()
+                complete.undo()
+                raise
+            if not fits:
                 raise RuntimeError(
                     "the parameters changed while the step was being prepared; do not change an "
                     "optimizer from another thread while it steps"
@@ -260,24 +278,29 @@ class Dispatcher:
             for (param, _, _), has in zip(members(param_groups), has_slow, strict=True)
             if has
         ]
-        threads = torch.get_num_threads()
-        swapped = []
-        try:
-            for plan in plans:
-                plan.swap(threads)
-                swapped.append(plan)
-                increment_version(plan.moved())
-            with reference.swapped([(row.param, row.state["slow_param"]) for row in rows]):
-                yield
-        finally:
-            for plan in swapped:
-                plan.swap(threads)
-                increment_version(plan.moved())
+
+        def copy_back() -> None:
             for param, before, _ in held:
                 now = plain(param)
                 if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
                     with torch.no_grad():
                         now.copy_(before)  # it was moved or converted within
+
+        def moved_again(plan: Any) -> None:
+            increment_version(plan.moved())
+
+        threads = torch.get_num_threads()
+        with ExitStack() as undo:  # all of it, whatever fails on the way
+            undo.callback(copy_back)
+            for plan in plans:
+                plan.swap(threads)
+                undo.callback(moved_again, plan)
+                undo.callback(plan.swap, threads)
+                moved_again(plan)
+            undo.enter_context(
+                reference.swapped([(row.param, row.state["slow_param"]) for row in rows])
+            )
+            yield
 
     def _make_plan(
         self,

@@ -28,10 +28,10 @@ def on_accelerator(value: Any) -> bool:
 
 def is_capturing() -> bool:
     """Whether what is launched now becomes part of a graph."""
-    # torch has graphs for XPU since 2.11; before, its module has no such question.
     return any(
-        module.is_available() and getattr(module, "is_current_stream_capturing", bool)()
+        module.is_available() and module.is_current_stream_capturing()
         for module in (torch.cuda, torch.xpu)
+        if hasattr(module, "is_current_stream_capturing")  # XPU's is younger than its module
     )
 
 

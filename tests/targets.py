@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ranger_cuda import support, tensors
-from ranger_cuda.backends import triton_plan
+from ranger_cuda.backends import triton_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +95,7 @@ def plan_for_triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -
     patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
     patch.setitem(support.BACKENDS, "triton", triton)
     patch.setattr(support, "_triton_obstacle", lambda: None)
-    patch.setattr(triton_plan, "load_kernels", lambda: kernels)
+    patch.setattr(triton_tables, "load_kernels", lambda: kernels)
 
 
 def load(binary: Path) -> ModuleType:
@@ -115,8 +115,8 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         return Target(name, torch.device("cuda"))
     if name == "interpreted":
         plan_for_triton_on_the_cpu(patch, interpreted_kernels())
-        patch.setattr(triton_plan, "CHUNK", 64)
-        patch.setattr(triton_plan, "BLOCK", {torch.float32: 32, torch.float64: 16})
+        patch.setattr(triton_tables, "CHUNK", 64)
+        patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
     patch.setattr(tensors, "HOST", ())
     built = os.environ.get("RANGER_EMULATED_EXTENSION")

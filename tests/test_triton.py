@@ -10,7 +10,7 @@ import torch
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Ranger, support
-from ranger_cuda.backends import triton_plan
+from ranger_cuda.backends import triton_plan, triton_tables
 from targets import open_target, release
 
 triton = pytest.importorskip("triton")
@@ -30,9 +30,9 @@ def interpreted(monkeypatch):
 
 def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
     """A kernel's machine code for ``target``, with the options that the plan gives."""
-    kernels = triton_plan.load_kernels()
+    kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
-    options = triton_plan.options(kernels, triton_plan.Launch(dtype, strided, 0, 1)) | more
+    options = triton_tables.options(kernels, triton_tables.Launch(dtype, strided, 0, 1)) | more
     constants = {name: value for name, value in options.items() if name in function.arg_names}
     types = {"chunks": "*i32", "first_chunk": "i32", **dict.fromkeys(["first", *"abcdefgh"], "i64")}
     signature = {
@@ -45,12 +45,12 @@ def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
 
 
 def compiled_schedule(target):
-    function = triton_plan.load_kernels().schedule_kernel
+    function = triton_tables.load_kernels().schedule_kernel
     signature = {name: "i32" if name == "count" else "*i64" for name in function.arg_names}
     source = compiler.ASTSource(
         fn=function,
         signature=signature | {"BLOCK": "constexpr"},
-        constexprs={"BLOCK": triton_plan.SCHEDULE_BLOCK},
+        constexprs={"BLOCK": triton_tables.SCHEDULE_BLOCK},
     )
     return triton.compile(source, target=target, options={"enable_fp_fusion": False})
 
@@ -133,7 +133,7 @@ def test_the_tables_are_those_of_the_compiled_backend():
     extension = support.extension()
     if isinstance(extension, support.Obstacle):
         pytest.skip(extension.cause)
-    kernels = triton_plan.load_kernels()
+    kernels = triton_tables.load_kernels()
     words = ("row_words", "numel", "step", "layout", "group", "scalar_words", "coefficients")
     here = {name: getattr(kernels, name.upper()).value for name in words}
     flags = ("active", "rectified", "l2", "sync")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, support
-from ranger_cuda.backends import triton_plan
+from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
+from ranger_cuda.backends import triton_plan, triton_tables
 from targets import fresh_kernels, interpreted_kernels, open_target, plan_for_triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
@@ -133,16 +133,17 @@ def test_a_step_is_a_launch_for_the_schedule_and_one_for_the_model(gpu):
 
 
 class Failing:
-    """A kernel that cannot be launched after ``calls`` more times."""
+    """A kernel whose launches fail: all, or one after ``calls`` that do not."""
 
-    def __init__(self, kernel, calls=0):
+    def __init__(self, kernel, calls=None):
         self.kernel = kernel
         self.calls = calls
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            if self.calls == 0:
-                raise RuntimeError("it cannot be compiled")
+            if self.calls is None or self.calls == 0:
+                self.calls = None if self.calls is None else -1
+                raise RuntimeError("it cannot be launched")
             self.calls -= 1
             return self.kernel[grid](*args, **options)
 
@@ -165,12 +166,11 @@ def test_a_kernel_that_cannot_be_compiled_fails_before_anything_moves(
     if wrapper and name == "radam_kernel":
         optimizer.step()  # which it does not launch
         return
-    with pytest.raises(RuntimeError, match="cannot be compiled"):
+    with pytest.raises(RuntimeError, match="cannot be launched"):
         optimizer.step()
     for p, value in zip(params, before, strict=True):
         assert_same_bits(p, value, "parameter")
-        counts = [v for k, v in optimizer.state.get(p, {}).items() if k.endswith("step")]
-        assert all(count == 0 for count in counts)
+    assert not optimizer.state, "made anew from what the parameters are by then"
 
 
 def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monkeypatch):
@@ -185,10 +185,10 @@ def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monk
     before = [p.detach().clone() for p in params]
     state = copy.deepcopy(optimizer.state_dict()["state"])
 
-    def fail(self):
+    def fail(self, **_):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(triton_plan.DeviceTables, "reserve", fail)
+    monkeypatch.setattr(triton_tables.DeviceTables, "reserve", fail)
     with pytest.raises(torch.OutOfMemoryError):
         optimizer.step()
     for i, (p, value) in enumerate(zip(params, before, strict=True)):
@@ -197,24 +197,51 @@ def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monk
             assert_same_bits(optimizer.state[p][name], saved, name)
 
 
-def test_a_swap_that_fails_half_way_is_undone(interpreted, monkeypatch):
-    """Parameters of a compiled backend, swapped first, come back."""
-    monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
-    double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
-    monkeypatch.setitem(support.BACKENDS, "triton", double)
-    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
-    optimizer = Ranger(params, k=4)
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_swap_that_fails_half_way_is_undone(interpreted, monkeypatch, compiled, failing):
+    """Also where another kind of tensor, or a compiled backend's parameters, were swapped first;
+    and on the way back all is tried that can be."""
+    if compiled:
+        monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
+        double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
+        monkeypatch.setitem(support.BACKENDS, "triton", double)
+    params = with_gradients(
+        torch.randn(4), torch.randn(4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    )
+    params[2].data = params[2].data[:, ::2]
+    params[2].grad = params[2].grad[:, ::2]
+    optimizer = Ranger(params, k=4, backend=None if compiled else "triton")
     optimizer.step()
     before = [p.detach().clone() for p in params]
     kernels = interpreted_kernels()
+    kinds = 2 if compiled else 3
+    entered = []
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "slow_kernel", Failing(kernels.slow_kernel))
-        with pytest.raises(RuntimeError, match="cannot be compiled"), optimizer.slow_weights():
-            pytest.fail("the slow weights are not in")
-    for p, value in zip(params, before, strict=True):
-        assert_same_bits(p, value, "parameter")
+        patch.setattr(kernels, "slow_kernel", Failing(kernels.slow_kernel, failing))
+        with pytest.raises(RuntimeError, match="cannot be launched"), optimizer.slow_weights():
+            entered.append(True)
+    assert bool(entered) == (failing >= kinds)
+    if not entered:
+        for p, value in zip(params, before, strict=True):
+            assert_same_bits(p, value, "parameter")
+        with optimizer.slow_weights():
+            assert not torch.equal(params[1], before[1])
+        for p, value in zip(params, before, strict=True):
+            assert_same_bits(p, value, "parameter")
+    elif compiled:
+        assert_same_bits(params[0], before[0], "parameter")
+
+
+def test_a_swap_counts_as_a_change_in_place_both_ways(interpreted):
+    params = with_gradients(torch.randn(4))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    versions = [params[0]._version]
     with optimizer.slow_weights():
-        assert not torch.equal(params[1], before[1])
+        versions.append(params[0]._version)
+    versions.append(params[0]._version)
+    assert versions == sorted(set(versions))
 
 
 def test_a_second_thread_is_refused(interpreted, monkeypatch):
@@ -226,6 +253,7 @@ def test_a_second_thread_is_refused(interpreted, monkeypatch):
     class Meanwhile:
         def __getitem__(self, grid):
             def launch(*args, **options):
+                kernels.radam_kernel = real
                 thread = threading.Thread(target=other)
                 thread.start()
                 thread.join()
@@ -251,6 +279,23 @@ def test_a_second_thread_is_refused(interpreted, monkeypatch):
     assert_same(optimizer, expected, a, b, "with a second thread")
 
 
+def test_a_step_that_comes_between_takes_another_s_place_and_says_so(interpreted):
+    """Whoever collected first finds that its step has been taken, or let go of."""
+    params = with_gradients(torch.randn(4))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    (plan,) = optimizer._dispatcher._plans
+    for between in (optimizer.step, plan.release):
+        before = float(optimizer.state[params[0]]["step"])
+        handle = optimizer._dispatcher
+        assert plan.collect(optimizer.param_groups, optimizer.state)
+        between()
+        with pytest.raises(RuntimeError, match="under way"):
+            handle.launch([hyperparameters.read(optimizer.param_groups[0], lookahead=True)])
+        taken = between == optimizer.step
+        assert optimizer.state[params[0]]["step"] == before + taken
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -261,7 +306,7 @@ class Streams:
         self.current = "first"
         self.recorded: set[tuple[int, str]] = set()
         patch.setattr(
-            triton_plan.DeviceTables, "_current_stream", lambda tables: self.current, raising=True
+            triton_tables.DeviceTables, "_current_stream", lambda tables: self.current, raising=True
         )
         patch.setattr(
             torch.Tensor,
@@ -278,8 +323,7 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     optimizer.step()
     assert not streams.recorded
     (tables,) = optimizer._dispatcher._plans[0]._tables.values()
-    everything = [value for value in vars(tables).values() if isinstance(value, torch.Tensor)]
-    on_device = {t.data_ptr() for t in everything if t is not tables._host}
+    on_device = {t.data_ptr() for t in (*tables._tables, tables.layouts)}
     assert len(on_device) == 5
     streams.current = "second"
     optimizer.step()
@@ -291,16 +335,25 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     assert streams.recorded == {(address, "third") for address in on_device}
 
 
-def test_what_a_step_is_told_never_overwrites_what_is_on_its_way(interpreted):
+def test_what_a_step_is_told_never_overwrites_what_is_on_its_way(interpreted, monkeypatch):
     params = with_gradients(torch.randn(5))
     optimizer = Ranger(params, backend="triton")
     hosts = []
+    tell = triton_tables.DeviceTables._tell
+
+    def watched(tables, told):
+        hosts.append((tables._host, tables._told != told))
+        return tell(tables, told)
+
+    monkeypatch.setattr(triton_tables.DeviceTables, "_tell", watched)
     for _ in range(4):
         params[0].grad = torch.randn(5)
         optimizer.step()
-        (tables,) = optimizer._dispatcher._plans[0]._tables.values()
-        hosts.append(tables._host)
-    assert len({host.data_ptr() for host in hosts}) == 4
+    assert len({host.data_ptr() for host, _ in hosts}) == 4
+    hosts.clear()
+    for _ in range(3):
+        optimizer.step()  # the same gradients, where they were
+    assert [differs for _, differs in hosts] == [False] * 3
 
 
 def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
@@ -317,6 +370,81 @@ def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
     assert len(captured) == 1
 
 
+def test_a_plan_is_not_made_in_a_capture(interpreted, monkeypatch):
+    params = with_gradients(torch.randn(5, 4))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    params[0].grad = torch.randn(4, 5).t()  # other strides, other tables
+    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be made in a capture"):
+        optimizer.step()
+    monkeypatch.undo()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_capture_on_one_of_two_devices_is_refused(interpreted, monkeypatch):
+    params = with_gradients(torch.randn(5))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    (plan,) = optimizer._dispatcher._plans
+    plan._devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    answers = iter([True, False])
+    monkeypatch.setattr(triton_plan, "is_capturing", lambda: next(answers))
+    with pytest.raises(RuntimeError, match="several devices"):
+        optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_group_without_parameters_may_come_and_go(interpreted):
+    a, b = twins([torch.randn(5)])
+    first, second = Ranger(a, backend="triton"), Ranger(b, backend="reference")
+    for step in range(6):
+        for optimizer in (first, second):
+            if step == 2:
+                optimizer.param_groups.insert(1, {**optimizer.param_groups[0], "params": []})
+            if step == 4:
+                optimizer.param_groups.pop()
+        give_gradients([torch.randn(5)], a, b)
+        first.step()
+        second.step()
+        assert_same(first, second, a, b, f"step {step}")
+
+
+def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
+    inside = []
+
+    class Inside:
+        def __init__(self, device):
+            pass
+
+        def __enter__(self):
+            inside.append(True)
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    where = []
+    real = gpu.launcher_cls
+    gpu.launcher_cls = lambda *args: lambda *_: (where.append(bool(inside)), real(*args)(*_))
+    for module in (triton_tables, triton_plan):
+        monkeypatch.setattr(module, "on_device", Inside)
+    optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
+    optimizer.step()
+    with optimizer.slow_weights():
+        pass
+    assert len(where) > 6
+    assert all(where)
+
+
+def test_addresses_in_the_upper_half_are_words_in_two_s_complement(monkeypatch):
+    upper = SimpleNamespace(data_ptr=lambda: 2**64 - 64, shape=(1,), stride=lambda: (1,))
+    monkeypatch.setattr(triton_plan, "plain", lambda tensor: upper)
+    assert triton_plan.Memory(torch.ones(1)).address == -64
+    assert triton_plan.TritonPlan._address(upper) == -64
+    number = SimpleNamespace(data_ptr=upper.data_ptr, dtype=torch.float64)
+    assert triton_tables.number_words(number) == [-64, 1]
+
+
 def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
     """One chunk far inside of it, with base addresses moved back, so that only the chunk exists."""
     kernels = interpreted_kernels()
@@ -327,7 +455,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
     expected = [stream.clone() for stream in streams]
     layout = torch.tensor([1, begin + length, 1, 1, 1, 1, 1])
     for strided in (False, True):
-        words = [triton_plan.word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
+        words = [triton_tables.word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
         record = torch.tensor([[*words, begin + length, 0, layout.data_ptr(), 0]])
         record[0, 1] = 0
         flags = kernels.ACTIVE.value | kernels.RECTIFIED.value | kernels.SYNC.value
@@ -398,9 +526,9 @@ def test_wide_accesses_are_at_multiples_of_16_bytes_wherever_tensors_lie(
             a[0].grad, b[0].grad = at(offsets[1], gradient), gradient
             if step == 1:
                 state = first.state[a[0]]
-                for key, offset in zip(("exp_avg", "exp_avg_sq"), offsets[2:], strict=True):
+                keys = ("exp_avg", "exp_avg_sq", "slow_param")
+                for key, offset in zip(keys, offsets[2:], strict=True):
                     state[key] = at(offset, state[key])
-                state["slow_param"] = at(offsets[0], state["slow_param"])
             if step == 2:
                 wide_at.clear()
             first.step()
@@ -412,13 +540,14 @@ def test_wide_accesses_are_at_multiples_of_16_bytes_wherever_tensors_lie(
 
     lanes = 16 // item
     for offset in range(lanes):
-        run(f"alike at {offset}", [offset] * 4)
+        run(f"alike at {offset}", [offset] * 5)
         assert wide_at == {(0,) * 4, (0,) * 5, (0,) * 2}
-    for stream in range(1, 4):
-        offsets = [1] * 4
+    for stream in range(1, 5):
+        offsets = [1] * 5
         offsets[stream] = 0
         run(f"stream {stream} lies otherwise", offsets)
-        assert wide_at == {(0, 0)}  # parameter and slow weights, in the swap
+        # Parameter and slow weights in the swap; all but the slow weights between syncs.
+        assert wide_at == ({(0, 0)} if stream < 4 else {(0,) * 4})
 
 
 # --- which machine -------------------------------------------------------------------------------

@@ -1,0 +1,273 @@
+"""What the Triton kernels read on a device, and their launches.
+
+The tables are those of ``csrc/cuda/tables.h``, made with NumPy. All that stays from step to step is
+on the device; a step uploads what it is told, if that differs, and launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..hyperparameters import Hyperparameters
+    from ..scaling import Signals
+    from .triton_plan import Row
+
+# Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
+CHUNK = 8192
+BLOCK = {torch.float32: 1024, torch.float64: 512}
+SCHEDULE_BLOCK = 128
+NUM_WARPS = 4
+
+# Of what a step is told (triton_kernels.py), in words.
+SIGNAL_WORDS, GROUP_WORDS = 6, 13
+
+
+def load_kernels() -> ModuleType:
+    """The kernels; Triton is imported where they are first needed."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def word(address: int) -> int:
+    """An address as a table has it: in two's complement, for devices that use the upper half."""
+    return address - (1 << 64) if address >> 63 else address
+
+
+class Launch(NamedTuple):
+    """The chunks of all tensors of one kind."""
+
+    dtype: torch.dtype
+    strided: bool
+    first_chunk: int
+    chunks: int
+
+
+class Tables(NamedTuple):
+    """What the kernels read, on the device (``triton_kernels.py`` has the words)."""
+
+    records: Tensor
+    scalars: Tensor
+    chunks: Tensor
+    told: Tensor
+
+
+class DeviceTables:
+    """The tables of one device's rows, and its launches (``csrc/cuda/geometry.h``)."""
+
+    def __init__(
+        self, rule: str, rows: list[Row], groups: int, device: torch.device, tried: set[Any]
+    ) -> None:
+        self.device = device
+        self._rule = rule
+        self._stream = self._current_stream()
+        kind_of = {row: (row.dtype, row.is_strided) for row in rows}
+        self.rows = sorted(rows, key=lambda row: (row.dtype.itemsize, kind_of[row][1]))
+        words: list[int] = []
+        places = []
+        for row in self.rows:
+            strided = kind_of[row][1]
+            places.append(len(words) if strided else -1)
+            if strided:
+                words += row.layout_words()
+        self.layouts = self._to_device(np.array(words or [0], dtype=np.int64))
+        records = np.zeros((len(self.rows), 9), dtype=np.int64)
+        for record, row, place in zip(records, self.rows, places, strict=True):
+            memories = (row.param, None, *row.streams)
+            record[:5] = [0 if memory is None else memory.address for memory in memories]
+            record[5] = row.numel
+            record[6] = row.step.address
+            record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
+            record[8] = row.group | (row.dtype == torch.float64) << 32
+        chunks = [-(-row.numel // CHUNK) for row in self.rows]
+        table = np.zeros((sum(chunks), 2), dtype=np.int32)
+        table[:, 0] = np.repeat(np.arange(len(self.rows)), chunks)
+        firsts = np.concatenate([[0], np.cumsum(chunks)])
+        table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
+        told = np.zeros(len(self.rows) + SIGNAL_WORDS + groups * GROUP_WORDS, dtype=np.int64)
+        scalars = np.zeros((len(self.rows), 11), dtype=np.int64)
+        arrays = (records, scalars, table, told)
+        self._tables = Tables(*(self._to_device(array) for array in arrays))
+        kinds = [kind_of[row] for row in self.rows]
+        self.launches = []
+        for kind in dict.fromkeys(kinds):
+            first = kinds.index(kind)
+            begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
+            if end > begin:
+                self.launches.append(Launch(*kind, begin, end - begin))
+        self._told: list[int] = []
+        self._host: Tensor | None = None
+        self._capturing = False
+        self._try_out(tried)
+
+    def _try_out(self, tried: set[Any]) -> None:
+        """Compile and load all kernels, over tables of zeros, in which nothing moves.
+
+        A step must not fail in its middle, and a capture must find them loaded.
+        """
+        zeros = self._to_device(np.zeros(64, dtype=np.int64))
+        nothing = Tables(zeros, zeros, zeros.view(torch.int32), zeros)
+        has_slow = any(row.has_slow for row in self.rows)
+        with on_device(self.device):
+            if self.device not in tried:
+                write_words(zeros, [0] * 8)
+                self._count_steps(nothing, 0)
+                tried.add(self.device)
+            for launch in self.launches:
+                kind = (self.device, launch.dtype, launch.strided, has_slow)
+                if kind not in tried:
+                    one = launch._replace(first_chunk=0, chunks=1)
+                    self._run_rule(one, nothing)
+                    if has_slow:
+                        self._slow(one, nothing, swap=True)
+                    tried.add(kind)
+
+    def reserve(self, *, capturing: bool) -> None:
+        """Get ready for a launch: the host's memory for what it is told, so that it allocates none.
+
+        Fresh each time: the last one may still be on its way to the device.
+        """
+        self._capturing = capturing
+        pinned = self.device.type != "cpu"
+        size = len(self._tables.told)
+        self._host = (
+            None
+            if capturing
+            else torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        )
+
+    def launch(self, told: list[int]) -> None:
+        """Count a step of what moves, and run the rule on it. Nothing waits for the device."""
+        tables = self._tables._replace(told=self._tell(told))
+        self._count_steps(tables, len(self.rows))
+        for launch in self.launches:
+            self._run_rule(launch, tables)
+
+    def swap(self, launch: Launch) -> None:
+        """The parameters of a launch and their slow weights change places."""
+        self._slow(launch, self._tables, swap=True)
+
+    def keep(self, captured: list[DeviceTables]) -> None:
+        """Keep the tables' memory for as long as what is launched now may read it."""
+        if self._capturing:
+            if self not in captured:
+                captured.append(self)
+            return
+        stream = self._current_stream()
+        if stream != self._stream:  # on which it was made, and which it goes back to
+            for table in (*self._tables, self.layouts):
+                table.record_stream(stream)
+
+    def _tell(self, told: list[int]) -> Tensor:
+        """These words on the device.
+
+        In a capture they travel as arguments of launches, so that every replay has its own.
+        """
+        host, self._host = self._host, None
+        if host is None:
+            room = -(-len(told) // 8) * 8
+            return write_words(torch.empty(room, dtype=torch.int64, device=self.device), told)
+        if self._told != told:
+            host.numpy()[:] = told
+            self._tables.told.copy_(host, non_blocking=True)
+            self._told = told
+        return self._tables.told
+
+    def _count_steps(self, tables: Tables, count: int) -> None:
+        grid = (-(-count // SCHEDULE_BLOCK) or 1,)
+        load_kernels().schedule_kernel[grid](
+            tables.records,
+            tables.scalars,
+            tables.told,
+            count,
+            BLOCK=SCHEDULE_BLOCK,
+            enable_fp_fusion=False,
+        )
+
+    def _run_rule(self, launch: Launch, tables: Tables) -> None:
+        if self._rule == "LOOKAHEAD":
+            self._slow(launch, tables, swap=False)
+            return
+        kernels = load_kernels()
+        kernels.radam_kernel[(launch.chunks,)](
+            *tables, launch.first_chunk, **options(kernels, launch)
+        )
+
+    def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:
+        kernels = load_kernels()
+        kernels.slow_kernel[(launch.chunks,)](
+            *tables[:3], launch.first_chunk, SWAP=swap, **options(kernels, launch)
+        )
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _current_stream(self) -> Any:
+        if self.device.type == "cpu":
+            return None  # Triton's interpreter
+        return torch.get_device_module(self.device).current_stream(self.device)
+
+
+def write_words(table: Tensor, words: list[int]) -> Tensor:
+    """Write ``words`` to a table on the current device by launches alone; returns it."""
+    kernel = load_kernels().write_words[(1,)]
+    for first in range(0, len(words), 8):
+        eight = (words[first : first + 8] + [0] * 8)[:8]
+        kernel(table, first, *eight, enable_fp_fusion=False)
+    return table
+
+
+def number_words(number: Tensor | None) -> list[int]:
+    """Where a number is on the device, and whether it is float64."""
+    if number is None:
+        return [0, 0]
+    return [word(number.data_ptr()), int(number.dtype == torch.float64)]
+
+
+def signal_words(signals: Signals) -> list[int]:
+    """What a device's kernels read there, as the schedule kernel is told."""
+    return [
+        *number_words(signals.grad_scale),
+        *number_words(signals.found_inf),
+        *number_words(signals.norm),
+    ]
+
+
+def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None]) -> list[int]:
+    """The hyperparameters of all groups, as the schedule kernel reads them."""
+    words = []
+    for hyper, lr in zip(hypers, lrs, strict=True):
+        bits = np.array(hyper[:9], dtype=np.float64).view(np.int64)  # lr to max_grad_norm
+        bits[7] = hyper.k
+        words += bits.tolist()
+        words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
+        words += number_words(lr)
+    return words
+
+
+def options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
+    """What a kernel of this kind is compiled with."""
+    tl = kernels.tl
+    return {
+        "T": tl.float64 if launch.dtype == torch.float64 else tl.float32,
+        "STRIDED": launch.strided,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK[launch.dtype],
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+    }
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Within the context, kernels are launched on ``device``."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()  # Triton's interpreter
+    return torch.get_device_module(device).device(device)
