@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ for needed in ("rich", "matplotlib", "mlxtend"):
     pytest.importorskip(needed)
 
 from rich.console import Console  # noqa: E402
+from torch.nn.utils import parameters_to_vector, vector_to_parameters  # noqa: E402
 
 from benchmarks.experiments import (  # noqa: E402
     contestants,
     figures,
+    gradient_histograms,
     lookahead_plane,
     tasks,
     trials,
@@ -78,12 +81,12 @@ def test_processes_change_no_result(tmp_path):
 
 
 def test_results_from_elsewhere_are_drawn_but_not_mixed(tmp_path, capsys):
-    out = tmp_path
+    out = tmp_path / "quick"
     whole = quick("lookahead_plane", out)
     path = out / "lookahead_plane.jsonl"
     whole[0]["environment"]["torch"] = "1.0"
     path.write_text("".join(json.dumps(line) + "\n" for line in whole))
-    flags = ["lookahead_plane", "--quick", "--jobs", "1", "--out", str(out)]
+    flags = ["lookahead_plane", "--quick", "--jobs", "1", "--out", str(tmp_path)]
     assert main(flags) == 0  # nothing to run
     path.write_text("".join(json.dumps(line) + "\n" for line in whole[:-1]))
     before = path.read_text()
@@ -97,6 +100,44 @@ def test_results_from_elsewhere_are_drawn_but_not_mixed(tmp_path, capsys):
     assert len(lines(path)) == len(whole)
 
 
+@pytest.mark.parametrize(
+    "line", ["{", '{"a": 1}', "\x80", '{"job": 1, "result": 2}', '{"job": {}}', ""]
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, capsys, line, number):
+    path = tmp_path / "quick" / "lookahead_plane.jsonl"
+    store = Store(path)
+    store.prepare()
+    store.add({"seed": 1}, {"loss": 2})
+    content = path.read_bytes().splitlines(keepends=True)
+    content[number - 1] = line.encode("latin-1") + b"\n"
+    path.write_bytes(b"".join(content))
+    assert main(["lookahead_plane", "--quick", "--out", str(tmp_path)]) == 2
+    assert f"line {number} of {path}" in capsys.readouterr().err
+    assert path.read_bytes() == b"".join(content)
+
+
+def test_a_killed_process_is_said_and_what_is_finished_is_kept(tmp_path, monkeypatch, capsys):
+    def die(name, jobs, processes):
+        yield jobs[0], {}
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("benchmarks.experiments.runner._finished", die)
+    assert main(["lookahead_plane", "--quick", "--out", str(tmp_path)]) == 2
+    assert "goes on from there" in capsys.readouterr().err
+    assert len(lines(tmp_path / "quick" / "lookahead_plane.jsonl")) == 2
+
+
+def test_ctrl_c_ends_with_130(tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.experiments.runner._run", interrupt)
+    flags = ["lookahead_plane", "--quick", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(flags) == 130
+    assert "goes on from the finished jobs" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([]) == 2
@@ -106,7 +147,7 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["lookahead_plane", "--quick", "--out", str(tmp_path / "file" / "out")]) == 2
-    assert "choose another --out" in capsys.readouterr().err
+    assert "try another --out" in capsys.readouterr().err
 
 
 def test_a_wrong_name_or_number_of_processes_is_refused(capsys):
@@ -180,29 +221,131 @@ def test_a_task_is_a_function_of_its_seeds(name):
     assert not torch.equal(task.batch(3, 7).inputs, task.batch(4, 7).inputs)
 
 
-def test_training_images_are_shifted_held_out_ones_are_not_trained_on():
+def test_no_training_image_is_a_held_out_one_wherever_it_is_shifted():
     task = tasks.load("convnet")
-    held_out = {image.numpy().tobytes() for image in task.held_out[0].inputs}
-    seen = task.batch(0, 0).inputs
-    assert seen.shape == (tasks.IMAGE_BATCH, 28, 28)
-    assert not any(image.numpy().tobytes() in held_out for image in seen)
+    shift = tasks.SHIFT
+    padded = torch.nn.functional.pad(task.held_out[0].inputs, [shift] * 4)
+    crops = {
+        padded[:, y : y + 28, x : x + 28][i].numpy().tobytes()
+        for y in range(2 * shift + 1)
+        for x in range(2 * shift + 1)
+        for i in range(len(padded))
+    }
+    seen = [image for step in range(10) for image in task.batch(0, step).inputs]
+    assert not any(image.numpy().tobytes() in crops for image in seen)
+    assert len(task.held_out[0].inputs) == tasks.HELD_OUT_IMAGES
 
 
-def test_the_plane_goes_through_the_path():
-    """Slow weights before at the origin, the last fast weights on the first axis, and accuracies
-    along it that are the trace's at both ends."""
-    job = lookahead_plane.jobs(True, [])[0]
+def test_norms_are_where_the_names_say():
+    x = torch.randn(2, 5, 64) * 7 + 3
+    for name, behind in (("post-norm gpt", True), ("deep gpt", False)):
+        model = tasks.load(name).model(0)
+        assert len(model.blocks) == 6
+        y = model.blocks(x)
+        assert torch.allclose(y.mean(-1), torch.zeros(2, 5), atol=1e-5) == behind
+        assert torch.allclose(y.std(-1, unbiased=False), torch.ones(2, 5), atol=1e-3) == behind
+
+
+def test_a_trial_follows_its_schedule():
+    task = tasks.load("convnet")
+    contestant = {"name": "Adam", "lr": 0.5, "warmup": 4, "cosine": True}
+    trial = trials.Trial(task, contestant, seed=0, steps=8)
+    rates = []
+    trial.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
+    for step in range(8):
+        trial.step(task.batch(0, step))
+    falling = [0.25 * (1 + np.cos(np.pi * i / 4)) for i in range(4)]
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, *falling])
+
+
+def test_learning_rates_are_tuned_on_the_means_of_the_sweep():
+    def job(rate, *losses):
+        names = ("Ranger", "SGD")
+        contestants = [{"name": n, "lr": rate * (i + 1)} for i, n in enumerate(names)]
+        curves = [{"validation_loss": [0.0, loss]} for loss in losses]
+        return {"contestants": contestants}, {"curves": curves}
+
+    sweep = [job(1.0, 3.0, 2.0), job(1.0, 1.0, 2.0), job(2.0, 1.9, 9.0), job(2.0, 1.9, None)]
+    assert [c["lr"] for c in contestants.tuned(sweep)] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["comparison", "lookahead_sweep"])
+def test_no_seed_that_is_reported_has_a_say_in_a_learning_rate(name):
+    experiment = module(name)
+    for quickly in (False, True):
+        sweep = experiment.jobs(quickly, [])
+        assert {job["seed"] for job in sweep} <= set(figures.TUNING_SEEDS)
+        curve = {"validation_loss": [1.0]}
+        results = [(job, {"curves": [curve] * len(job["contestants"])}) for job in sweep]
+        final = [job for job in experiment.jobs(quickly, results) if job not in sweep]
+        assert final
+        assert not {job["seed"] for job in final} & set(figures.TUNING_SEEDS)
+        every = {job["evaluate_every"] for job in sweep + final}
+        assert all(steps % 6 == 0 for steps in every), "where cycles end"
+
+
+def test_histograms_and_medians_are_of_the_gradients_that_a_step_reads():
+    job = gradient_histograms.jobs(True, [])[0]
     with reproducible(threads=1):
-        result = lookahead_plane.run(job)
-    path = np.array(result["surface"]["path"])
-    assert len(path) == lookahead_plane.K + 1
-    assert path[0] == pytest.approx([0, 0])
-    assert path[-1][1] == pytest.approx(0, abs=1e-5)
-    assert path[-1][0] > 0
-    first = result["trace"][: lookahead_plane.K + 1]
-    along = result["along"][0]
-    assert along[0] == first[0]
-    assert along[lookahead_plane.ALONG.index(1.0)] == pytest.approx(first[-1], abs=2e-3)
-    # The next cycle starts where Lookahead says that this one ends.
-    second = result["trace"][lookahead_plane.K + 1 :]
-    assert along[lookahead_plane.ALONG.index(0.5)] == pytest.approx(second[0], abs=2e-3)
+        curve = gradient_histograms.run({**job, "steps": 1})["curves"][0]
+        task = tasks.load(job["task"])
+        model = task.model(job["seed"])
+        task.loss(model, task.batch(job["seed"], 0)).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    logarithms = gradients[gradients != 0].abs().log10()
+    assert curve["median"] == [logarithms.median().item()]
+    low, high, bins = (getattr(gradient_histograms, n) for n in ("LOWEST", "HIGHEST", "BINS"))
+    expected, _ = np.histogram(logarithms.numpy(), bins, (low, high))
+    assert np.abs(np.array(curve["histograms"][0]) - expected).sum() <= 4  # on an edge of bins
+
+
+def test_the_plane_is_that_of_a_cycle_of_sgd(monkeypatch):
+    """The weights that are looked at, against SGD and an interpolation written out here."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, task, seed):
+            pass
+
+        def __call__(self, weights):
+            seen.append(weights.clone())
+            return 0.0
+
+    monkeypatch.setattr(lookahead_plane, "_Accuracy", Recorder)
+    job = lookahead_plane.jobs(True, [])[0]
+    k, alpha, along = lookahead_plane.K, lookahead_plane.ALPHA, lookahead_plane.ALONG
+    with reproducible(threads=1):
+        surface = lookahead_plane.run(job)["surface"]
+
+        task = tasks.load(job["task"])
+        model = task.model(job["seed"])
+        sgd = torch.optim.SGD(model.parameters(), lr=job["contestant"]["lr"], momentum=0.9)
+        vector = parameters_to_vector(model.parameters()).detach()
+        for step in range(job["warm"] + k):
+            if step % k == 0:
+                fast = [vector]
+            sgd.zero_grad()
+            task.loss(model, task.batch(job["seed"], step)).backward()
+            sgd.step()
+            fast.append(parameters_to_vector(model.parameters()).detach())
+            if step % k == k - 1:
+                vector = fast[0] + alpha * (fast[-1] - fast[0])
+                vector_to_parameters(vector.clone(), model.parameters())
+
+    def assert_close(found, expected):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-5), (found - expected).abs().max()
+
+    for found, a in zip(seen, along, strict=False):
+        assert_close(found, fast[0] + a * (fast[-1] - fast[0]))
+    for found, expected in zip(seen[len(along) :], fast, strict=False):
+        assert_close(found, expected)
+    # The grid is spanned by the first, middle and last: each of them is where the path says.
+    corner, x_end, y_end = (seen[len(along) + k + 1 :][i] for i in (0, 4, 20))
+    x, y = surface["x"], surface["y"]
+    x_axis = (x_end - corner) / (x[-1] - x[0])
+    y_axis = (y_end - corner) / (y[-1] - y[0])
+    assert abs(x_axis @ y_axis) < 1e-4
+    origin = corner - x[0] * x_axis - y[0] * y_axis
+    for i in (0, k // 2, k):
+        across, along_path = surface["path"][i]
+        assert_close(origin + across * x_axis + along_path * y_axis, fast[i])

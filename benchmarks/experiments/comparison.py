@@ -6,20 +6,18 @@ end; the reported seeds have no say in it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from . import Job, Results, figures, trials
-from .contestants import STYLES, Contestant
+from .contestants import STYLES, Contestant, tuned
 
 TITLE = "Ranger against AdamW, RAdam, Lookahead(AdamW) and SGD"
 
 WEIGHT_DECAY = 0.01  # decoupled; SGD has none
-TUNING_SEEDS = (100, 101)
 STEPS = {"gpt": 1500, "convnet": 1200}
 EVALUATIONS = 10
+CYCLE = 6  # Lookahead's k
 RATES = {
     "gpt": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
     "convnet": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1],
@@ -48,40 +46,27 @@ def jobs(quick: bool, results: Results) -> list[Job]:
     planned = []
     for task, rates in RATES.items():
         steps = 24 if quick else STEPS[task]
-        sizes = {"task": task, "steps": steps, "evaluate_every": steps // EVALUATIONS // 6 * 6 or 6}
+        # Where a cycle ends, for fast weights are slow weights there.
+        every = max(steps // EVALUATIONS // CYCLE, 1) * CYCLE
+        sizes = {"task": task, "steps": steps, "evaluate_every": every}
         sweep: list[Job] = [
             {**sizes, "seed": seed, "contestants": _contestants(rate, steps)}
             for rate in (rates[1:3] if quick else rates)
-            for seed in (TUNING_SEEDS[:1] if quick else TUNING_SEEDS)
+            for seed in (figures.TUNING_SEEDS[:1] if quick else figures.TUNING_SEEDS)
         ]
         planned += sweep
         done = [(job, result) for job, result in results if job in sweep]
         if len(done) == len(sweep):
             seeds = figures.QUICK_SEEDS if quick else figures.SEEDS
-            planned += [{**sizes, "seed": seed, "contestants": _tuned(done)} for seed in seeds]
+            planned += [{**sizes, "seed": seed, "contestants": tuned(done)} for seed in seeds]
     return planned
-
-
-def _tuned(sweep: Results) -> list[Contestant]:
-    """Each contestant with the learning rate of its lowest mean loss."""
-    tuned = []
-    for i in range(len(sweep[0][0]["contestants"])):
-        losses: dict[float, list[float]] = {}
-        for job, result in sweep:
-            final = result["curves"][i]["validation_loss"][-1]
-            losses.setdefault(job["contestants"][i]["lr"], []).append(
-                np.inf if final is None else final
-            )
-        best = min(losses, key=lambda rate: np.mean(losses[rate]))
-        tuned.append({**sweep[0][0]["contestants"][i], "lr": best})
-    return tuned
 
 
 def draw(results: Results) -> Figure:
     """Validation loss of each task against steps and against seconds."""
     figure, panels = figures.new(2, 2, (14, 10), sharey="row")
     for row, task in zip(panels, RATES, strict=True):
-        final = _final(results, task)
+        final = figures.reported(results, task)
         job = final[0][0]
         steps = range(job["evaluate_every"], job["steps"] + 1, job["evaluate_every"])
         lowest, highest = np.inf, 0.0
@@ -108,14 +93,15 @@ def table(results: Results) -> str:
     """Where each ends; against Ranger seed by seed, which share batches and the start."""
     rows = []
     for task in RATES:
-        final = _final(results, task)
+        final = figures.reported(results, task)
         contestants = final[0][0]["contestants"]
-        ranger = figures.values([result["curves"][0] for _, result in final], "validation_loss")
+        rangers = [result["curves"][0] for _, result in final]
+        ranger_losses = figures.values(rangers, "validation_loss")[:, -1]
+        ranger_seconds = figures.values(rangers, "seconds")[:, -1]
         for i, contestant in enumerate(contestants):
             curves = [result["curves"][i] for _, result in final]
             losses = figures.values(curves, "validation_loss")[:, -1]
             seconds = figures.values(curves, "seconds")[:, -1]
-            rangers = figures.values([result["curves"][0] for _, result in final], "seconds")[:, -1]
             rows.append(
                 [
                     task,
@@ -124,14 +110,9 @@ def table(results: Results) -> str:
                     figures.spread(figures.values(curves, "train_loss")[:, -1]),
                     figures.spread(losses),
                     figures.spread(100 * figures.values(curves, "accuracy")[:, -1], 1) + " %",
-                    figures.spread(losses - ranger[:, -1]) if i else "",
-                    figures.spread(seconds / rangers, 2) if i else "",
+                    figures.spread(losses - ranger_losses) if i else "",
+                    figures.spread(seconds / ranger_seconds, 2) if i else "",
                 ]
             )
     header = ["task", "optimizer", "lr", "train loss", "validation loss", "accuracy"]
     return figures.markdown([*header, "validation loss less Ranger's", "time over Ranger's"], rows)
-
-
-def _final(results: Results, task: str) -> list[tuple[Job, dict[str, Any]]]:
-    """The jobs on the reported seeds."""
-    return [(j, r) for j, r in results if j["task"] == task and j["seed"] not in TUNING_SEEDS]

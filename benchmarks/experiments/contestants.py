@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import ranger_cuda
+
+from . import Results
 
 Contestant = dict[str, Any]
 """``name`` and ``lr``; optionally ``warmup`` (steps in which the learning rate rises linearly),
@@ -58,6 +61,20 @@ STYLES = {
     "Lookahead(SGD)": Style(_lookahead_sgd, "#E69F00"),
     "SGD": Style(_sgd, "#E69F00"),
 }
+
+
+def tuned(sweep: Results) -> list[Contestant]:
+    """Each contestant of a sweep's jobs with the learning rate of its lowest mean loss."""
+    best = []
+    for i, contestant in enumerate(sweep[0][0]["contestants"]):
+        losses: dict[float, list[float]] = {}
+        for job, result in sweep:
+            final = result["curves"][i]["validation_loss"][-1]
+            losses.setdefault(job["contestants"][i]["lr"], []).append(
+                math.inf if final is None else final
+            )
+        best.append({**contestant, "lr": min(losses, key=lambda rate: fmean(losses[rate]))})
+    return best
 
 
 def build(

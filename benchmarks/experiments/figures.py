@@ -9,8 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from . import Results
+
 SEEDS = (0, 1, 2, 3, 4)
 QUICK_SEEDS = (0, 1)
+TUNING_SEEDS = (100, 101)  # to choose learning rates on; never reported
 
 
 def new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
@@ -21,6 +24,15 @@ def new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> t
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure, panels
+
+
+def reported(results: Results, task: str) -> Results:
+    """A task's jobs on the seeds that are reported."""
+    return [
+        (job, result)
+        for job, result in results
+        if job["task"] == task and job["seed"] not in TUNING_SEEDS
+    ]
 
 
 def values(curves: Iterable[dict[str, Any]], column: str) -> np.ndarray:

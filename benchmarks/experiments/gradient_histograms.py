@@ -3,7 +3,7 @@
 Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (ICLR 2020), figure 2: the
 histograms of absolute gradients of a Transformer, stacked over the steps, for Adam without and with
 warmup and for RAdam. Here: a Transformer of the paper's kind (norms behind the residuals, Xavier
-initialisation) and today's kind (norms in front), on the source of Python's standard library.
+initialisation) and today's kind (norms in front, GPT-2's), on the source of Python's library.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTESTANTS = [
     {"name": "Adam, warmup", "lr": LEARNING_RATE, "warmup": WARMUP},
     {"name": "RAdam", "lr": LEARNING_RATE},
 ]
-TASKS = {"post-norm gpt": "post-norm, as in the paper", "deep gpt": "pre-norm"}
+TASKS = {"post-norm gpt": "post-norm", "deep gpt": "pre-norm"}
 SHOWN = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200)  # steps
 LOWEST, HIGHEST, BINS = -12.0, 1.0, 52  # of log10 |gradient|
 
@@ -56,7 +56,7 @@ def _observe(task: tasks.Task, contestant: dict[str, Any], job: Job) -> dict[str
     def observe(*_: Any) -> None:
         gradients = [p.grad.flatten() for p in trial.model.parameters() if p.grad is not None]
         sizes = torch.cat(gradients).abs()
-        logarithms = sizes[sizes > 0].log10()  # exactly 0: embeddings of bytes not in the batch
+        logarithms = sizes[sizes > 0].log10()  # 0: what the batch does not reach, or underflow
         median.append(logarithms.median().item())
         if len(median) in SHOWN:
             histogram = logarithms.histc(BINS, LOWEST, HIGHEST)
@@ -109,7 +109,7 @@ def _ridge(axes: Axes, histograms: list[list[list[int]]], colour: str) -> None:
             zorder=2 - level / 100,
         )
     axes.set_yticks(range(len(counts)), SHOWN[: len(counts)])
-    axes.set_xlim(-10, 0.5)
+    axes.set_xlim(LOWEST, HIGHEST)
     axes.set_ylim(-0.5, len(counts) + 1.5)
 
 

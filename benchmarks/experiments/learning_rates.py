@@ -96,12 +96,20 @@ def table(results: Results) -> str:
             rate, best = _best(by_rate)
             final = {r: figures.values(c, "validation_loss")[:, -1] for r, c in by_rate.items()}
             near = [r for r, losses in final.items() if losses.mean() <= best + CLOSE]
-            width = f"{near[0]:g} to {near[-1]:g} (x {near[-1] / near[0]:.1f})"
+            width = _range(near, list(final)) if near else "none"
             worst = figures.spread(final[max(final)])
             rows.append([task, name, f"{rate:g}", figures.spread(final[rate]), width, worst])
     header = ["task", "optimizer", "best lr", "validation loss there"]
     header += [f"lr within {CLOSE} nats of that", "loss at the top lr"]
     return figures.markdown(header, rows)
+
+
+def _range(near: list[float], tried: list[float]) -> str:
+    """From where to where, and the factor between; bounds where nothing beyond was tried."""
+    low = "≤ " if near[0] == tried[0] else ""
+    high = "≥ " if near[-1] == tried[-1] else ""
+    factor = f"× {'≥ ' if low or high else ''}{near[-1] / near[0]:.1f}"
+    return f"{low}{near[0]:g} to {high}{near[-1]:g} ({factor})"
 
 
 def _by_rate(results: Results, task: str, contestant: int) -> dict[float, list[dict[str, Any]]]:
@@ -127,6 +135,6 @@ def _evaluated_at(results: Results, task: str) -> list[int]:
 
 
 def _ceiling(results: Results, task: str) -> float:
-    """Room for all that learns anything: the loss of guessing by frequency, and a margin."""
+    """Room for the worst of Adam's after the first evaluation, which has learned nothing yet."""
     first = [r["curves"][0]["validation_loss"][0] or 0.0 for j, r in results if j["task"] == task]
     return 1.1 * max(first)

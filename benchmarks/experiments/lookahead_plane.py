@@ -23,7 +23,7 @@ from .trials import Trial
 TITLE = "Lookahead in the plane of fast and slow weights (Lookahead, figure 1)"
 
 K, ALPHA = 10, 0.5
-LEARNING_RATE = 0.1  # the best of Lookahead(SGD) here
+LEARNING_RATE = 0.1
 WARM = 600  # steps before, about ten passes over the images
 CYCLES = 30  # whose accuracy is measured along the path
 TRACED = 6  # cycles in which every step is
@@ -61,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
     along: list[list[float]] = []
     surface = None
     for step in range(job["warm"] + job["cycles"] * K):
-        if step >= job["warm"] and step % K == 0:
+        if step % K == 0:
             fast = [parameters_to_vector(trial.model.parameters()).detach()]
         trial.step(task.batch(job["seed"], step))
         if step >= job["warm"] and step % K == K - 1:

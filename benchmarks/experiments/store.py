@@ -7,36 +7,43 @@ import math
 import os
 import platform
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-
-import ranger_cuda
-
-from . import Job, Results
+from . import Job, Results, tasks
 
 
-class OtherEnvironment(Exception):
-    """The finished jobs were run with something else than what is here."""
+class UnusableError(Exception):
+    """The finished jobs cannot be read, or were run with something else than what is here."""
 
 
 class Store:
-    """The results of one experiment in ``path``, whose first line says what they were run with."""
+    """The results of one experiment in ``path``, whose first line says what they were run with.
+
+    Raises:
+        UnusableError: a line is none of a run's.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._results: dict[str, dict[str, Any]] = {}
         self._environment: dict[str, Any] | None = None
-        text = path.read_text() if path.exists() else ""
-        self._whole = text[: text.rfind("\n") + 1]  # what killed a run may have cut a line short
-        for line in self._whole.splitlines():
-            entry = json.loads(line)
-            if "environment" in entry:
-                self._environment = entry["environment"]
-            else:
-                self._results[_key(entry["job"])] = entry["result"]
+        content = path.read_bytes() if path.exists() else b""
+        self._whole = content.rfind(b"\n") + 1  # what killed a run may have cut a line short
+        self._is_cut = self._whole < len(content)
+        for number, line in enumerate(content[: self._whole].splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                if number == 1:
+                    self._environment = dict(entry["environment"])
+                else:
+                    self._results[_key(entry["job"])] = dict(entry["result"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UnusableError(
+                    f"line {number} of {path} is not what a run writes; repair it, start over with "
+                    "--fresh, or choose another --out"
+                ) from error
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
         """Those that are not finished."""
@@ -50,43 +57,43 @@ class Store:
         """Get ready for more results.
 
         Raises:
-            OtherEnvironment: those that are there come from elsewhere.
+            UnusableError: those that are there come from elsewhere.
         """
         here = environment()
         if self._environment is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps({"environment": here}) + "\n")
             self._environment = here
-            self._whole = json.dumps({"environment": here}) + "\n"
+        elif self._is_cut:
+            os.truncate(self._path, self._whole)
+        self._is_cut = False
         differences = [
             f"{name} was {self._environment.get(name)} and is {value}"
             for name, value in here.items()
             if self._environment.get(name) != value
         ]
         if differences:
-            raise OtherEnvironment(
+            raise UnusableError(
                 f"{self._path} is unfinished and comes from elsewhere ({'; '.join(differences)}); "
                 "start over with --fresh, or choose another --out"
             )
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(self._whole)
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Save a finished job."""
         result = _plain(result)
         self._results[_key(job)] = result
-        line = json.dumps({"job": job, "result": result}) + "\n"
-        self._whole += line
         with self._path.open("a") as file:
-            file.write(line)
+            file.write(json.dumps({"job": job, "result": result}) + "\n")
 
 
 def environment() -> dict[str, Any]:
     """What may change the last bits of a result, and its times."""
+    packages = ("ranger_cuda", "torch", "numpy", "mlxtend")
     return {
-        "ranger_cuda": ranger_cuda.__version__,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "data": {name: tasks.load(name).digest[:16] for name in ("gpt", "convnet")},
     }
 
 

