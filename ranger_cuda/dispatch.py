@@ -187,8 +187,8 @@ class Dispatcher:
             complete.commit()
         else:
             self.reset()
-            self._make_plan(param_groups, state, complete, moved)
             try:
+                self._make_plan(param_groups, state, complete, moved)
                 fits = self._collect_native(param_groups, state, moved)
             except BaseException:  # a table or a kernel that cannot be had
                 self.reset()
