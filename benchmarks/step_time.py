@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ranger_cuda
 from contestants import CONTESTANTS, Contestant, Step, contestants_on, step_of
+from machine import processor
 from workloads import CPU_DEFAULT, FLAT, WORKLOADS, Shapes, random_tensors
 
 OURS = "ranger"
@@ -183,15 +184,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": run("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "packages": {contestant.package: installed(contestant) for contestant in CONTESTANTS},
     }
-
-
-def processor() -> str:
-    """The CPU's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
 
 
 def installed(contestant: Contestant) -> str | None:

@@ -116,7 +116,7 @@ def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
 @functools.cache
 def _triton_obstacle() -> Obstacle | None:
     try:
-        version = importlib.import_module("triton").__version__
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return Obstacle(
             f"Triton cannot be imported: {error}",
@@ -124,9 +124,10 @@ def _triton_obstacle() -> Obstacle | None:
         )
     # Before, divisions and roots flush denormals on NVIDIA's GPUs; before 3.7, AMD's roots do.
     least = (3, 7) if torch.version.hip else (3, 6)
-    if tuple(int(part) for part in version.split(".")[:2]) < least:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < least:
         return Obstacle(
-            f"Triton {version} is too old: its division and square root do not round correctly",
+            f"Triton {triton.__version__} is too old: its division and square root do not round "
+            "correctly",
             f"install Triton {least[0]}.{least[1]} or newer",
         )
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
@@ -139,7 +140,7 @@ def _triton_obstacle() -> Obstacle | None:
             f"{torch.xpu.get_device_name()} has no float64, in which a step's scalars are computed",
             "leave backend at None: the reference backend runs there",
         )
-    if importlib.import_module("triton").knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         return Obstacle(
             "TRITON_INTERPRET is set, and Triton's interpreter cannot read a GPU's memory",
             "unset TRITON_INTERPRET",

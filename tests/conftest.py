@@ -18,6 +18,12 @@ def device_target(request, monkeypatch):
     return open_target(request.param, monkeypatch)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The Triton backend in Triton's interpreter."""
+    return open_target("interpreted", monkeypatch)
+
+
 @pytest.fixture(params=NAMES)
 def target(request, monkeypatch):
     """Each place where kernels run."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.experiments import EXPERIMENTS
+from benchmarks.experiments import EXPERIMENTS, tuning_seeds
 from benchmarks.experiments.__main__ import main
 
 for needed in ("rich", "matplotlib", "mlxtend"):
@@ -266,7 +266,9 @@ def test_learning_rates_are_tuned_on_the_means_of_the_sweep():
         return {"contestants": contestants}, {"curves": curves}
 
     sweep = [job(1.0, 3.0, 2.0), job(1.0, 1.0, 2.0), job(2.0, 1.9, 9.0), job(2.0, 1.9, None)]
-    assert [c["lr"] for c in contestants.tuned(sweep)] == [2.0, 2.0]
+    jobs = [job for job, _ in sweep]
+    assert [c["lr"] for c in contestants.tuned(jobs, sweep)] == [2.0, 2.0]
+    assert contestants.tuned(jobs, sweep[1:]) is None
 
 
 @pytest.mark.parametrize("name", ["comparison", "lookahead_sweep"])
@@ -274,12 +276,12 @@ def test_no_seed_that_is_reported_has_a_say_in_a_learning_rate(name):
     experiment = module(name)
     for quickly in (False, True):
         sweep = experiment.jobs(quickly, [])
-        assert {job["seed"] for job in sweep} <= set(figures.TUNING_SEEDS)
+        assert {job["seed"] for job in sweep} <= set(tuning_seeds(quick=False))
         curve = {"validation_loss": [1.0]}
         results = [(job, {"curves": [curve] * len(job["contestants"])}) for job in sweep]
         final = [job for job in experiment.jobs(quickly, results) if job not in sweep]
         assert final
-        assert not {job["seed"] for job in final} & set(figures.TUNING_SEEDS)
+        assert not {job["seed"] for job in final} & set(tuning_seeds(quick=False))
         every = {job["evaluate_every"] for job in sweep + final}
         assert all(steps % 6 == 0 for steps in every), "where cycles end"
 

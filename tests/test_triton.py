@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Ranger, support
 from ranger_cuda.backends import triton_plan, triton_tables
-from targets import open_target, release
+from targets import release
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
@@ -21,11 +20,6 @@ CUDA = {capability: GPUTarget("cuda", capability, 32) for capability in (80, 90,
 AMD = GPUTarget("hip", "gfx942", 64)
 WIDE = r"v4\.[bf]32|v2\.[bf]64"
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    return open_target("interpreted", monkeypatch)
 
 
 def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
@@ -153,17 +147,3 @@ def test_a_captured_step_has_its_tables_in_the_graph(interpreted, monkeypatch):
         first.step()
         second.step()
         assert_same(first, second, a, b, f"step {seed}")
-
-
-def test_a_missing_or_old_triton_says_what_to_install(monkeypatch):
-    def obstacle():
-        support._triton_obstacle.cache_clear()
-        return support.obstacle("triton")
-
-    try:
-        monkeypatch.setattr(triton, "__version__", "3.5.1")
-        assert "3.5.1 is too old" in obstacle().cause
-        monkeypatch.setitem(sys.modules, "triton", None)
-        assert "pip install triton" in obstacle().fix
-    finally:
-        support._triton_obstacle.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
 from ranger_cuda.backends import triton_plan, triton_tables
-from targets import fresh_kernels, interpreted_kernels, open_target, plan_for_triton_on_the_cpu
+from targets import fresh_kernels, interpreted_kernels, plan_for_triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -65,16 +66,18 @@ def gpu(monkeypatch):
     gc.collect()
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    return open_target("interpreted", monkeypatch)
-
-
 def with_gradients(*tensors):
     params = [torch.nn.Parameter(tensor) for tensor in tensors]
     for param in params:
         param.grad = torch.randn_like(param)
     return params
+
+
+def leave_float32_to_the_cpu(patch):
+    """So that one optimizer has a compiled plan, which comes first, and Triton's."""
+    patch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
+    double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
+    patch.setitem(support.BACKENDS, "triton", double)
 
 
 # --- compilation ---------------------------------------------------------------------------------
@@ -175,9 +178,7 @@ def test_a_kernel_that_cannot_be_compiled_fails_before_anything_moves(
 
 def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monkeypatch):
     """Beside a compiled backend's parameters, which come first."""
-    monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
-    double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
-    monkeypatch.setitem(support.BACKENDS, "triton", double)
+    leave_float32_to_the_cpu(monkeypatch)
     params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
     optimizer = Ranger(params)
     optimizer.step()
@@ -203,9 +204,7 @@ def test_a_swap_that_fails_half_way_is_undone(interpreted, monkeypatch, compiled
     """Also where another kind of tensor, or a compiled backend's parameters, were swapped first;
     and on the way back all is tried that can be."""
     if compiled:
-        monkeypatch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
-        double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
-        monkeypatch.setitem(support.BACKENDS, "triton", double)
+        leave_float32_to_the_cpu(monkeypatch)
     params = with_gradients(
         torch.randn(4), torch.randn(4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
     )
@@ -566,6 +565,16 @@ def test_triton_is_chosen_where_the_extension_has_no_cuda(monkeypatch):
 def triton_obstacle():
     support._triton_obstacle.cache_clear()
     return support.obstacle("triton")
+
+
+def test_a_missing_or_old_triton_says_what_to_install(monkeypatch):
+    try:
+        monkeypatch.setattr(triton, "__version__", "3.5.1")
+        assert "3.5.1 is too old" in triton_obstacle().cause
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert "pip install triton" in triton_obstacle().fix
+    finally:
+        support._triton_obstacle.cache_clear()
 
 
 def test_devices_that_triton_cannot_serve_here_say_why(monkeypatch):

@@ -24,3 +24,22 @@ EXPERIMENTS = (
     "lookahead_sweep",
     "comparison",
 )
+
+
+def seeds(quick: bool) -> tuple[int, ...]:
+    """Those that are reported."""
+    return (0, 1) if quick else (0, 1, 2, 3, 4)
+
+
+def tuning_seeds(quick: bool) -> tuple[int, ...]:
+    """Those that learning rates are chosen on; never reported."""
+    return (100,) if quick else (100, 101)
+
+
+def reported(results: Results, task: str) -> Results:
+    """A task's jobs on the seeds that are reported."""
+    return [
+        (job, result)
+        for job, result in results
+        if job["task"] == task and job["seed"] in seeds(quick=False)
+    ]

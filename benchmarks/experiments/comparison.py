@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import Job, Results, figures, trials
-from .contestants import STYLES, Contestant, tuned
+from . import Job, Results, figures, reported, seeds, trials, tuning_seeds
+from .contestants import SGD, STYLES, Contestant, tuned
 
 TITLE = "Ranger against AdamW, RAdam, Lookahead(AdamW) and SGD"
 
@@ -22,7 +22,6 @@ RATES = {
     "gpt": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
     "convnet": [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1],
 }
-SGD = 10  # times the learning rates of the others
 
 run = trials.run
 
@@ -52,13 +51,11 @@ def jobs(quick: bool, results: Results) -> list[Job]:
         sweep: list[Job] = [
             {**sizes, "seed": seed, "contestants": _contestants(rate, steps)}
             for rate in (rates[1:3] if quick else rates)
-            for seed in (figures.TUNING_SEEDS[:1] if quick else figures.TUNING_SEEDS)
+            for seed in tuning_seeds(quick)
         ]
         planned += sweep
-        done = [(job, result) for job, result in results if job in sweep]
-        if len(done) == len(sweep):
-            seeds = figures.QUICK_SEEDS if quick else figures.SEEDS
-            planned += [{**sizes, "seed": seed, "contestants": tuned(done)} for seed in seeds]
+        if best := tuned(sweep, results):
+            planned += [{**sizes, "seed": seed, "contestants": best} for seed in seeds(quick)]
     return planned
 
 
@@ -66,9 +63,9 @@ def draw(results: Results) -> Figure:
     """Validation loss of each task against steps and against seconds."""
     figure, panels = figures.new(2, 2, (14, 10), sharey="row")
     for row, task in zip(panels, RATES, strict=True):
-        final = figures.reported(results, task)
+        final = reported(results, task)
         job = final[0][0]
-        steps = range(job["evaluate_every"], job["steps"] + 1, job["evaluate_every"])
+        steps = figures.evaluated_at(job)
         lowest, highest = np.inf, 0.0
         for i, contestant in enumerate(job["contestants"]):
             curves = [result["curves"][i] for _, result in final]
@@ -93,23 +90,23 @@ def table(results: Results) -> str:
     """Where each ends; against Ranger seed by seed, which share batches and the start."""
     rows = []
     for task in RATES:
-        final = figures.reported(results, task)
+        final = reported(results, task)
         contestants = final[0][0]["contestants"]
         rangers = [result["curves"][0] for _, result in final]
-        ranger_losses = figures.values(rangers, "validation_loss")[:, -1]
-        ranger_seconds = figures.values(rangers, "seconds")[:, -1]
+        ranger_losses = figures.final(rangers)
+        ranger_seconds = figures.final(rangers, "seconds")
         for i, contestant in enumerate(contestants):
             curves = [result["curves"][i] for _, result in final]
-            losses = figures.values(curves, "validation_loss")[:, -1]
-            seconds = figures.values(curves, "seconds")[:, -1]
+            losses = figures.final(curves)
+            seconds = figures.final(curves, "seconds")
             rows.append(
                 [
                     task,
                     contestant["name"],
                     f"{contestant['lr']:g}",
-                    figures.spread(figures.values(curves, "train_loss")[:, -1]),
+                    figures.spread(figures.final(curves, "train_loss")),
                     figures.spread(losses),
-                    figures.spread(100 * figures.values(curves, "accuracy")[:, -1], 1) + " %",
+                    figures.spread(100 * figures.final(curves, "accuracy"), 1) + " %",
                     figures.spread(losses - ranger_losses) if i else "",
                     figures.spread(seconds / ranger_seconds, 2) if i else "",
                 ]

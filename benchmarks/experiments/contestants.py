@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import ranger_cuda
 
-from . import Results
+from . import Job, Results
 
 Contestant = dict[str, Any]
 """``name`` and ``lr``; optionally ``warmup`` (steps in which the learning rate rises linearly),
@@ -41,6 +41,9 @@ def _lookahead_sgd(params: Iterable[Parameter], lr: float, k: int, alpha: float)
     return ranger_cuda.Lookahead(_sgd(params, lr), k=k, alpha=alpha)
 
 
+SGD = 10  # times the learning rates of the others, which scale a gradient of norm 1
+
+
 class Style(NamedTuple):
     """How to build a contestant, and its colour in every figure (Okabe and Ito's palette)."""
 
@@ -63,12 +66,18 @@ STYLES = {
 }
 
 
-def tuned(sweep: Results) -> list[Contestant]:
-    """Each contestant of a sweep's jobs with the learning rate of its lowest mean loss."""
+def tuned(sweep: list[Job], results: Results) -> list[Contestant] | None:
+    """Each contestant with the learning rate of its lowest mean loss in a sweep.
+
+    None before all of the sweep is among the results.
+    """
+    done = [(job, result) for job, result in results if job in sweep]
+    if len(done) < len(sweep):
+        return None
     best = []
-    for i, contestant in enumerate(sweep[0][0]["contestants"]):
+    for i, contestant in enumerate(sweep[0]["contestants"]):
         losses: dict[float, list[float]] = {}
-        for job, result in sweep:
+        for job, result in done:
             final = result["curves"][i]["validation_loss"][-1]
             losses.setdefault(job["contestants"][i]["lr"], []).append(
                 math.inf if final is None else final

@@ -9,11 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import Results
-
-SEEDS = (0, 1, 2, 3, 4)
-QUICK_SEEDS = (0, 1)
-TUNING_SEEDS = (100, 101)  # to choose learning rates on; never reported
+from . import Job
 
 
 def new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
@@ -26,18 +22,19 @@ def new(rows: int, columns: int, size: tuple[float, float], **options: Any) -> t
     return figure, panels
 
 
-def reported(results: Results, task: str) -> Results:
-    """A task's jobs on the seeds that are reported."""
-    return [
-        (job, result)
-        for job, result in results
-        if job["task"] == task and job["seed"] not in TUNING_SEEDS
-    ]
-
-
 def values(curves: Iterable[dict[str, Any]], column: str) -> np.ndarray:
     """One row a curve; NaN where it had diverged."""
     return np.array([curve[column] for curve in curves], dtype=float)
+
+
+def final(curves: Iterable[dict[str, Any]], column: str = "validation_loss") -> np.ndarray:
+    """The last of each curve."""
+    return values(curves, column)[:, -1]
+
+
+def evaluated_at(job: Job) -> range:
+    """The steps of a curve's entries."""
+    return range(job["evaluate_every"], job["steps"] + 1, job["evaluate_every"])
 
 
 def band(axes: Axes, x: Sequence[float], rows: np.ndarray, **style: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import Job, Results, figures, tasks
+from . import Job, Results, figures, seeds, tasks
 from .contestants import STYLES
 from .trials import Trial
 
@@ -38,7 +38,7 @@ def jobs(quick: bool, results: Results) -> list[Job]:
     return [
         {"task": task, "seed": seed, "steps": 10 if quick else 200, "contestants": CONTESTANTS}
         for task in TASKS
-        for seed in (figures.QUICK_SEEDS if quick else figures.SEEDS)
+        for seed in seeds(quick)
     ]
 
 
@@ -125,7 +125,7 @@ def table(results: Results) -> str:
                     label,
                     contestant["name"],
                     *(figures.spread(medians[:, at], 2) for at in (0, 9, -1)),
-                    figures.spread(figures.values(curves, "validation_loss")[:, -1]),
+                    figures.spread(figures.final(curves)),
                 ]
             )
     last = results[0][0]["steps"]

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from . import Job, Results, figures, trials
-from .contestants import STYLES
+from . import Job, Results, figures, seeds, trials
+from .contestants import SGD, STYLES
 
 TITLE = "Training curves and final loss over two decades of learning rates (RAdam, section 5)"
 
@@ -21,7 +21,6 @@ RATES = {
     "post-norm gpt": [float(f"{3e-4 * 10 ** (i / 4):.2g}") for i in range(9)],
     "convnet": [float(f"{3e-3 * 10 ** (i / 4):.2g}") for i in range(9)],
 }
-SGD = 10  # times the learning rates of the others, which scale a gradient of norm 1
 STEPS = {"post-norm gpt": 400, "convnet": 600}
 WARMUP = 100
 NAMES = ("Adam", "Adam, warmup", "RAdam", "SGD")
@@ -48,7 +47,7 @@ def jobs(quick: bool, results: Results) -> list[Job]:
         }
         for task, rates in RATES.items()
         for rate in (rates[::4] if quick else rates)
-        for seed in (figures.QUICK_SEEDS if quick else figures.SEEDS)
+        for seed in seeds(quick)
     ]
 
 
@@ -56,9 +55,9 @@ def draw(results: Results) -> Figure:
     """A panel of curves for each optimizer, and the final losses of all."""
     figure, panels = figures.new(2, 5, (17, 7.5), sharey="row")
     for row, task in zip(panels, RATES, strict=True):
+        steps = figures.evaluated_at(next(job for job, _ in results if job["task"] == task))
         for i, name in enumerate(NAMES):
             by_rate = _by_rate(results, task, i)
-            steps = _evaluated_at(results, task)
             for j, (rate, curves) in enumerate(by_rate.items()):
                 colour = colormaps["viridis"](j / len(by_rate))
                 losses = figures.values(curves, "validation_loss")
@@ -67,9 +66,7 @@ def draw(results: Results) -> Figure:
             row[i].set_xlabel("step")
             small = {"fontsize": 6, "title_fontsize": 6, "labelspacing": 0.2, "frameon": False}
             row[i].legend(title="learning rate", loc="upper right", **small)
-            final = [
-                figures.values(curves, "validation_loss")[:, -1] for curves in by_rate.values()
-            ]
+            final = [figures.final(curves) for curves in by_rate.values()]
             figures.band(
                 row[4],
                 np.array(list(by_rate)) / (SGD if name == "SGD" else 1),
@@ -94,7 +91,7 @@ def table(results: Results) -> str:
         for i, name in enumerate(NAMES):
             by_rate = _by_rate(results, task, i)
             rate, best = _best(by_rate)
-            final = {r: figures.values(c, "validation_loss")[:, -1] for r, c in by_rate.items()}
+            final = {r: figures.final(curves) for r, curves in by_rate.items()}
             near = [r for r, losses in final.items() if losses.mean() <= best + CLOSE]
             width = _range(near, list(final)) if near else "none"
             worst = figures.spread(final[max(final)])
@@ -124,14 +121,9 @@ def _by_rate(results: Results, task: str, contestant: int) -> dict[float, list[d
 
 def _best(by_rate: dict[float, list[dict[str, Any]]]) -> tuple[float, float]:
     """The learning rate of the lowest mean loss, and that loss."""
-    means = {r: figures.values(c, "validation_loss")[:, -1].mean() for r, c in by_rate.items()}
+    means = {r: figures.final(curves).mean() for r, curves in by_rate.items()}
     rate = min(means, key=lambda r: np.nan_to_num(means[r], nan=np.inf))
     return rate, means[rate]
-
-
-def _evaluated_at(results: Results, task: str) -> list[int]:
-    job = next(job for job, _ in results if job["task"] == task)
-    return list(range(job["evaluate_every"], job["steps"] + 1, job["evaluate_every"]))
 
 
 def _ceiling(results: Results, task: str) -> float:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from . import Job, Results, figures, tasks
+from . import Job, Results, figures, seeds, tasks
 from .trials import Trial
 
 TITLE = "Lookahead in the plane of fast and slow weights (Lookahead, figure 1)"
@@ -32,7 +32,6 @@ ALONG = [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25]
 
 def jobs(quick: bool, results: Results) -> list[Job]:
     """One for each seed; the picture is the first one's."""
-    seeds = figures.QUICK_SEEDS if quick else figures.SEEDS
     return [
         {
             "task": "convnet",
@@ -40,9 +39,9 @@ def jobs(quick: bool, results: Results) -> list[Job]:
             "contestant": {"name": "Lookahead(SGD)", "lr": LEARNING_RATE, "k": K, "alpha": ALPHA},
             "warm": K if quick else WARM,
             "cycles": 2 if quick else CYCLES,
-            "grid": (5 if quick else 31) if seed == seeds[0] else 0,  # points a side
+            "grid": (5 if quick else 31) if seed == seeds(quick)[0] else 0,  # points a side
         }
-        for seed in seeds
+        for seed in seeds(quick)
     ]
 
 
@@ -97,8 +96,8 @@ def _surface(fast: list[Tensor], accuracy: _Accuracy, points: int) -> dict[str, 
     path = torch.stack([torch.stack([(w - origin) @ x_axis, (w - origin) @ y_axis]) for w in fast])
     low, high = path.amin(0), path.amax(0)
     margin = 0.35 * (high - low).max()
-    xs = torch.linspace(*(low - margin)[[0]].tolist(), (high + margin)[0].item(), points)
-    ys = torch.linspace(*(low - margin)[[1]].tolist(), (high + margin)[1].item(), points)
+    corners = zip((low - margin).tolist(), (high + margin).tolist(), strict=True)
+    xs, ys = (torch.linspace(first, last, points) for first, last in corners)
     heights = [[accuracy(origin + x * x_axis + y * y_axis) for x in xs] for y in ys]
     return {"x": xs.tolist(), "y": ys.tolist(), "accuracy": heights, "path": path.tolist()}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from . import Job, Results, figures, trials
+from . import Job, Results, figures, reported, seeds, trials, tuning_seeds
 from .contestants import Contestant, tuned
 
 TITLE = "k and α of Lookahead (Lookahead, section 5)"
@@ -43,14 +43,14 @@ def jobs(quick: bool, results: Results) -> list[Job]:
         sweep: list[Job] = [
             {**sizes, "seed": seed, "contestants": _sweep(rate)}
             for rate in (rates[1:3] if quick else rates)
-            for seed in (figures.TUNING_SEEDS[:1] if quick else figures.TUNING_SEEDS)
+            for seed in tuning_seeds(quick)
         ]
         planned += sweep
-        done = [(job, result) for job, result in results if job in sweep]
-        if len(done) < len(sweep):
+        best = tuned(sweep, results)
+        if best is None:
             continue
-        radam, *rangers = tuned(done)
-        for seed in figures.QUICK_SEEDS if quick else figures.SEEDS:
+        radam, *rangers = best
+        for seed in seeds(quick):
             planned.append({**sizes, "seed": seed, "contestants": [radam]})
             for k in K:
                 contestants = [{**ranger, "k": k} for ranger in rangers]
@@ -102,7 +102,7 @@ def _reported(results: Results, task: str) -> list[tuple[Contestant, dict[str, A
     """The contestants of the reported seeds, and their curves."""
     return [
         pair
-        for job, result in figures.reported(results, task)
+        for job, result in reported(results, task)
         for pair in zip(job["contestants"], result["curves"], strict=True)
     ]
 

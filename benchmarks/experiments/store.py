@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..machine import processor
 from . import Job, Results, tasks
 
 
@@ -92,18 +93,9 @@ def environment() -> dict[str, Any]:
     return {
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         "data": {name: tasks.load(name).digest[:16] for name in ("gpt", "convnet")},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _key(job: Job) -> str:

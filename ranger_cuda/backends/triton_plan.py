@@ -239,15 +239,10 @@ class TritonPlan:
                 return False
             if moves:
                 active[row] = None if moved is not None else self._gradient(row, param)
-        capturing = [self._is_capturing(device) for device in self._devices]
-        if any(capturing) and not all(capturing):
-            raise RuntimeError(
-                "this step cannot be captured in a graph: the parameters are on several devices "
-                f"({', '.join(map(str, self._devices))}), and the capture is not on all of them"
-            )
+        capturing = self._is_capturing()
         for device in self._devices:
             if device not in self._tables:
-                if any(capturing):
+                if capturing:
                     raise RuntimeError(
                         "the plan of this step cannot be made in a capture: take a step before it, "
                         "with gradients laid out as in the capture"
@@ -257,14 +252,22 @@ class TritonPlan:
                     self._tables[device] = DeviceTables(
                         self._rule, rows, self._groups, device, self._tried
                     )
-            self._tables[device].reserve(capturing=any(capturing))
+            self._tables[device].reserve(capturing=capturing)
         self._active = active
         return True
 
-    @staticmethod
-    def _is_capturing(device: torch.device) -> bool:
-        with on_device(device):
-            return is_capturing()
+    def _is_capturing(self) -> bool:
+        """Whether a graph is being captured, on all devices or on none."""
+        answers = set()
+        for device in self._devices:
+            with on_device(device):
+                answers.add(is_capturing())
+        if len(answers) > 1:
+            raise RuntimeError(
+                "this step cannot be captured in a graph: the parameters are on several devices "
+                f"({', '.join(map(str, self._devices))}), and the capture is not on all of them"
+            )
+        return True in answers
 
     def _gradient(self, row: Row, param: Tensor) -> Tensor:
         gradient = row.gradient(param)

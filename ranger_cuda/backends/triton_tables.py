@@ -26,9 +26,6 @@ BLOCK = {torch.float32: 1024, torch.float64: 512}
 SCHEDULE_BLOCK = 128
 NUM_WARPS = 4
 
-# Of what a step is told (triton_kernels.py), in words.
-SIGNAL_WORDS, GROUP_WORDS = 6, 13
-
 
 def load_kernels() -> ModuleType:
     """The kernels; Triton is imported where they are first needed."""
@@ -92,7 +89,9 @@ class DeviceTables:
         table[:, 0] = np.repeat(np.arange(len(self.rows)), chunks)
         firsts = np.concatenate([[0], np.cumsum(chunks)])
         table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
-        told = np.zeros(len(self.rows) + SIGNAL_WORDS + groups * GROUP_WORDS, dtype=np.int64)
+        kernels = load_kernels()
+        words_told = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
+        told = np.zeros(len(self.rows) + words_told, dtype=np.int64)
         scalars = np.zeros((len(self.rows), 11), dtype=np.int64)
         arrays = (records, scalars, table, told)
         self._tables = Tables(*(self._to_device(array) for array in arrays))
