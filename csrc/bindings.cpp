@@ -126,6 +126,9 @@ PYBIND11_MODULE(_C, module) {
       .def("has_cpu_rows", &StepPlan::has_cpu_rows)
       .def("launch", &launch, py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
            py::arg("signals"), py::arg("num_threads"))
+      .def("rows", &StepPlan::rows)
+      .def("gradients", &StepPlan::gradients)
+      .def("layout_changes", &StepPlan::layout_changes)
       .def("moved", &StepPlan::moved)
       .def("release", &StepPlan::release)
       .def("swap", &StepPlan::swap, py::arg("num_threads"));

@@ -19,11 +19,12 @@ enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kStreams };
 // Empty: consecutive. Otherwise the stride of each of TensorRow::sizes, in elements.
 using Strides = std::vector<int64_t>;
 
-// A row's device where the CPU's kernels move it.
+// A row's device where the CPU's kernels move it, and where launches from Python do.
 constexpr int32_t kCpu = -1;
+constexpr int32_t kFromPython = -2;
 
 struct TensorRow {
-  int32_t device = kCpu;  // or the index of the CUDA device whose kernels do
+  int32_t device = kCpu;  // kFromPython, or the index of the CUDA device whose kernels move it
   int64_t numel = 0;
   DType dtype = DType::kFloat32;
   int32_t group = 0;

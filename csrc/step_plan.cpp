@@ -1,5 +1,7 @@
 #include "step_plan.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -124,6 +126,7 @@ void StepPlan::add_row(py::object param, int32_t group, py::str name, const std:
 
   TensorRow row;
   if (backend == "cuda") row.device = tensor.device.device_id;
+  if (backend == "triton") row.device = kFromPython;
   RowKey key;
   key.param = TensorKey(tensor);
   key.order = memory_order(layout);
@@ -204,7 +207,7 @@ void StepPlan::finish(const py::dict& optimizer_state) {
     const auto is_its = [&](const cuda::DevicePlan& plan) { return plan.device() == row.device; };
     if (row.device == kCpu) {
       has_cpu_rows_ = true;
-    } else if (std::none_of(devices_.begin(), devices_.end(), is_its)) {
+    } else if (row.device >= 0 && std::none_of(devices_.begin(), devices_.end(), is_its)) {
       devices_.emplace_back(row.device);
     }
   }
@@ -288,6 +291,7 @@ bool StepPlan::find_active(const py::list& param_groups, const py::dict& optimiz
   static PyObject* const kGrad = interned("grad");
   static PyGetSetDescrObject* const getter = gradient_getter();
   active_.assign(rows_.size(), false);
+  reads_gradients_ = moved.is_none();
   gradients_.clear();
   if (life_->outlived) return false;
 
@@ -360,6 +364,7 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
                                                   : ordered_strides(layout_of(tensor), key.order);
   if (strides != row.strides[kGrad]) {
     row.strides[kGrad] = std::move(strides);
+    ++layout_changes_;
     for (cuda::DevicePlan& plan : devices_) {
       if (plan.device() == row.device) plan.forget();  // it has the strides in its tables
     }
@@ -425,6 +430,28 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
     throw py::value_error("a step's scalar must be one float32 or float64 on the step's device");
   }
   return {data_of(described), *dtype == DType::kFloat64};
+}
+
+py::list StepPlan::rows() const {
+  py::list rows;
+  for (const TensorRow& row : rows_) {
+    std::vector<uintptr_t> addresses;
+    for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
+    rows.append(py::make_tuple(row.numel, row.dtype == DType::kFloat64, row.group,
+                               reinterpret_cast<uintptr_t>(row.step), row.sizes, addresses,
+                               row.strides));
+  }
+  return rows;
+}
+
+py::list StepPlan::gradients() const {
+  py::list addresses(rows_.size());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const auto address = reinterpret_cast<uintptr_t>(rows_[i].data[kGrad]);
+    const uintptr_t told = !active_[i] ? 0 : reads_gradients_ && address != 0 ? address : 1;
+    PyList_SET_ITEM(addresses.ptr(), static_cast<Py_ssize_t>(i), py::int_(told).release().ptr());
+  }
+  return addresses;
 }
 
 py::list StepPlan::moved() const {

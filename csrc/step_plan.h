@@ -34,10 +34,11 @@ class StepPlan {
 
   // One of these for each parameter, in the order of the groups, then finish().
   //
-  // A parameter that this plan moves. `backend`: whose kernels do it, "cpu" or "cuda". `state`: its
-  // entry in the optimizer's state. `streams`: the names of the state tensors that are kExpAvg,
-  // kExpAvgSq and kSlowParam, None where there is none; `step_name`: that of the step count, a
-  // float32 scalar on the kernels' device. `name`: what errors call the parameter.
+  // A parameter that this plan moves. `backend`: whose kernels do it: "cpu", "cuda", or "triton",
+  // which are launched from Python with what rows() and gradients() tell. `state`: its entry in the
+  // optimizer's state. `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and
+  // kSlowParam, None where there is none; `step_name`: that of the step count, a float32 scalar on
+  // the kernels' device. `name`: what errors call the parameter.
   void add_row(pybind11::object param, int32_t group, pybind11::str name,
                const std::string& backend, pybind11::dict state, const pybind11::sequence& streams,
                pybind11::str step_name);
@@ -74,10 +75,19 @@ class StepPlan {
   void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
               const std::vector<Signals>& signals, int num_threads);
 
+  // For launches from Python, the rows: (numel, is_float64, group, the step count's address, sizes,
+  // each stream's address and strides), as TensorRow has them; 0 for a stream that is not there.
+  pybind11::list rows() const;
+  // For each row the address of its gradient in the step that was collected: 0 where it rests, 1
+  // where there is nothing to read.
+  pybind11::list gradients() const;
+  // How many times a gradient had other strides than before.
+  int64_t layout_changes() const { return layout_changes_; }
+
   // The parameters that move in the step that was collected, as far as they are there.
   pybind11::list moved() const;
 
-  // Lets go of the gradients of a collect() that no launch() follows.
+  // Lets go of the gradients of a collect() that no launch() here follows.
   void release() {
     if (!busy_) gradients_.clear();
   }
@@ -162,6 +172,7 @@ class StepPlan {
   std::vector<TensorRow> rows_;
   std::vector<RowKey> keys_;
   std::vector<StateEntry> state_entries_;
+  int64_t layout_changes_ = 0;
   std::vector<Chunk> chunks_;  // of the CPU's rows
   bool has_cpu_rows_ = false;
   std::vector<cuda::DevicePlan> devices_;
@@ -169,7 +180,8 @@ class StepPlan {
   bool busy_ = false;
 
   // The step under way.
-  std::vector<char> active_;                 // for each row
+  std::vector<char> active_;  // for each row
+  bool reads_gradients_ = false;
   std::vector<pybind11::object> gradients_;  // alive until the launch is over
   std::deque<cpu::StepScalars> scalars_;
   cpu::RowScalars row_scalars_;

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import support
 from .backends import reference
+from .backends.python_plan import PythonPlan
 from .backends.reference import Row
 from .backends.triton_plan import TritonPlan
 from .hyperparameters import Hyperparameters
@@ -335,14 +336,16 @@ class Dispatcher:
         complete.commit()
         used = set(backends.values())
         if used & {"cpu", "cuda"}:
-            self._plans.append(self._fill(self._compiled_plan(), found, state, backends))
+            self._plans.append(self._fill(self._step_plan(), found, state, backends))
         if "triton" in used:
-            self._plans.append(
-                self._fill(TritonPlan(self._rule.name, self._captured), found, state, backends)
-            )
+            plan = TritonPlan(self._rule.name, self._step_plan(), self._captured)
+            self._plans.append(self._fill(plan, found, state, backends))
 
-    def _compiled_plan(self) -> Any:
+    def _step_plan(self) -> Any:
+        """The compiled one, or what stands in for it where nothing is compiled."""
         extension: Any = support.extension()
+        if isinstance(extension, support.Obstacle):
+            return PythonPlan()
         return extension.StepPlan(
             getattr(extension.StepPlan.Rule, self._rule.name),
             Tensor.__dlpack_c_exchange_api__,

@@ -50,6 +50,8 @@ class Target(NamedTuple):
         return moved.conj() if conjugate else moved
 
 
+# And "uncompiled": as "interpreted", with what stands in for the extension. Slow, so only where its
+# plan matters.
 NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "triton")
 
 
@@ -113,7 +115,10 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(name, torch.device("cuda"))
-    if name == "interpreted":
+    if name in ("interpreted", "uncompiled"):
+        if name == "uncompiled":
+            nothing = support.Obstacle("nothing was compiled", "compile it")
+            patch.setattr(support, "extension", lambda: nothing)
         plan_for_triton_on_the_cpu(patch, interpreted_kernels())
         patch.setattr(triton_tables, "CHUNK", 64)
         patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})

@@ -15,6 +15,7 @@ import torch
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
 from ranger_cuda.backends import triton_plan, triton_tables
+from ranger_cuda.backends.python_plan import TensorRow
 from targets import fresh_kernels, interpreted_kernels, plan_for_triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
@@ -96,7 +97,7 @@ def test_the_first_step_compiles_all_that_any_later_one_needs(gpu, monkeypatch, 
         optimizer = inner = Ranger(params, k=2, backend="triton")
     optimizer.step()
     first = list(gpu.loaded)
-    assert {"write_words", "schedule_kernel", "radam_kernel", "slow_kernel"} == set(first)
+    assert {"schedule_kernel", "radam_kernel", "slow_kernel"} == set(first)
 
     numbers = torch.ones(8), torch.ones(8, dtype=torch.float64)
     for step in range(12):
@@ -121,7 +122,7 @@ def test_the_first_step_compiles_all_that_any_later_one_needs(gpu, monkeypatch, 
 def test_a_model_without_slow_weights_compiles_no_kernel_for_them(gpu):
     optimizer = RAdam(with_gradients(torch.randn(50)), backend="triton")
     optimizer.step()
-    assert sorted(gpu.loaded) == ["radam_kernel", "schedule_kernel", "write_words"]
+    assert sorted(gpu.loaded) == ["radam_kernel", "schedule_kernel"]
 
 
 def test_a_step_is_a_launch_for_the_schedule_and_one_for_the_model(gpu):
@@ -153,7 +154,7 @@ class Failing:
         return launch
 
 
-@pytest.mark.parametrize("name", ["write_words", "schedule_kernel", "radam_kernel", "slow_kernel"])
+@pytest.mark.parametrize("name", ["schedule_kernel", "radam_kernel", "slow_kernel"])
 @pytest.mark.parametrize("wrapper", [False, True])
 def test_a_kernel_that_cannot_be_compiled_fails_before_anything_moves(
     interpreted, monkeypatch, name, wrapper
@@ -435,13 +436,28 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
     assert all(where)
 
 
-def test_addresses_in_the_upper_half_are_words_in_two_s_complement(monkeypatch):
-    upper = SimpleNamespace(data_ptr=lambda: 2**64 - 64, shape=(1,), stride=lambda: (1,))
-    monkeypatch.setattr(triton_plan, "plain", lambda tensor: upper)
-    assert triton_plan.Memory(torch.ones(1)).address == -64
-    assert triton_plan.TritonPlan._address(upper) == -64
-    number = SimpleNamespace(data_ptr=upper.data_ptr, dtype=torch.float64)
+def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
+    upper = 2**64 - 64
+    row = TensorRow(4, False, 0, upper, [4], [upper, 1, upper, upper, upper], [[]] * 5)
+    tables = triton_tables.DeviceTables("RADAM", {0: row}, 1, torch.device("cpu"), set())
+    assert tables._tables.records.tolist() == [[-64, 0, -64, -64, -64, 4, -64, 0, 0]]
+    number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
     assert triton_tables.number_words(number) == [-64, 1]
+
+    optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
+    optimizer.step()
+    (plan,) = optimizer._dispatcher._plans
+    real, told = plan._rows, []
+    plan._rows = SimpleNamespace(
+        collect=real.collect,
+        layout_changes=real.layout_changes,
+        moved=real.moved,
+        gradients=lambda: [upper],
+        release=real.release,
+    )
+    monkeypatch.setattr(triton_tables.DeviceTables, "launch", lambda _, words: told.extend(words))
+    optimizer.step()
+    assert told[0] == -64
 
 
 def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():

@@ -26,34 +26,6 @@ GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 
 GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
 
 
-@triton.jit(do_not_specialize=["first", "a", "b", "c", "d", "e", "f", "g", "h"])
-def write_words(
-    to,
-    first: tl.int64,
-    a: tl.int64,
-    b: tl.int64,
-    c: tl.int64,
-    d: tl.int64,
-    e: tl.int64,
-    f: tl.int64,
-    g: tl.int64,
-    h: tl.int64,
-):
-    """Eight words at ``first``, out of the arguments of a launch: a captured graph has them too.
-
-    One compilation serves all values.
-    """
-    at = to + first
-    tl.store(at, a)
-    tl.store(at + 1, b)
-    tl.store(at + 2, c)
-    tl.store(at + 3, d)
-    tl.store(at + 4, e)
-    tl.store(at + 5, f)
-    tl.store(at + 6, g)
-    tl.store(at + 7, h)
-
-
 @triton.jit
 def float64_at(words, mask):
     """Words that are float64 numbers."""

@@ -1,137 +1,25 @@
-"""The Triton backend's plan: what ``_C.StepPlan`` is to the compiled kernels, in Python.
-
-It needs nothing compiled: torch for memory and streams, NumPy for the tables. Each step, what there
-is is compared with what there was when the plan was made.
-"""
+"""The Triton backend's plan: what ``_C.StepPlan`` is to the compiled kernels, with Triton's."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..tensors import is_capturing, local, plain, plain_grad
+from ..tensors import is_capturing, local
+from .python_plan import TensorRow
 from .triton_tables import DeviceTables, Launch, group_words, on_device, signal_words, word
 
 if TYPE_CHECKING:
     from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
+    from .python_plan import PythonPlan
 
 BUSY = "another step of this optimizer is under way, in another thread or a hook; let one at a time"
-
-
-def memory_order(tensor: Tensor) -> list[int]:
-    """Dimensions of more than one element, the largest stride first (``csrc/plan.h``)."""
-    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != 1]
-    strides = tensor.stride()
-    return sorted(dims, key=lambda dim: -strides[dim])
-
-
-class Memory:
-    """Where a tensor lies. The tensor itself is not held: what it is now is compared each step."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        where = local(tensor)
-        self.key = (where.data_ptr(), where.shape)
-        self.geometry = (where.dtype, where.device, where.stride())
-        real = plain(tensor)
-        self.address = word(real.data_ptr())
-        self.shape = real.shape
-        self.stride = real.stride()
-
-    def is_that_of(self, tensor: Tensor, *, same_object: bool = False) -> bool:
-        """Whether ``tensor`` lies there; for the same object, not all has to be asked."""
-        where = local(tensor)
-        if self.key != (where.data_ptr(), where.shape):
-            return False
-        return same_object or self.geometry == (where.dtype, where.device, where.stride())
-
-
-class Row:
-    """One parameter, as it was when the plan was made."""
-
-    def __init__(
-        self,
-        param: Tensor,
-        group: int,
-        name: str,
-        state: dict[str, Any],
-        streams: Sequence[str | None],
-        step_name: str,
-    ) -> None:
-        real = plain(param)
-        self.known = weakref.ref(param)
-        self.group = group
-        self.name = name
-        self.dtype = real.dtype
-        self.device = real.device
-        self.numel = real.numel()
-        self.order = memory_order(real)
-        self.param = Memory(param)
-        self.streams = [None if key is None else Memory(state[key]) for key in streams]
-        self.step = Memory(state[step_name])
-        known = zip((*streams, step_name), (*self.streams, self.step), strict=True)
-        self.state: list[tuple[str, weakref.ref[Tensor], Memory]] = [
-            (key, weakref.ref(state[key]), memory)
-            for key, memory in known
-            if key is not None and memory is not None
-        ]
-        self.has_slow = streams[2] is not None
-        self.gradient_stride = self.param.stride  # until one is seen
-
-    def fits(self, param: Tensor, state: dict[str, Any]) -> bool:
-        """Whether parameter and state are what and where they were."""
-        for key, known, memory in self.state:
-            if key not in state:
-                return False
-            tensor = known()
-            if tensor is None or state[key] is not tensor:
-                return False
-            if not memory.is_that_of(tensor, same_object=True):
-                return False
-        return self.param.is_that_of(param)
-
-    def gradient(self, param: Tensor) -> Tensor:
-        """The gradient as the kernels read it."""
-        gradient = param.grad
-        assert gradient is not None
-        ready = (
-            type(gradient) is Tensor
-            and gradient.dtype == self.dtype
-            and gradient.device == self.device
-            and gradient.layout == torch.strided
-            and gradient.shape == self.param.shape
-            and not gradient.is_neg()
-        )
-        return gradient if ready else plain_grad(param, self.name)
-
-    def strides(self) -> list[list[int]]:
-        """Of each stream, in the parameter's memory order; side by side where there is none."""
-        consecutive = [1] * len(self.order)
-        for i in range(len(self.order) - 1, 0, -1):
-            consecutive[i - 1] = consecutive[i] * self.param.shape[self.order[i]]
-        given = [None if memory is None else memory.stride for memory in self.streams]
-        return [
-            consecutive if stride is None else [stride[dim] for dim in self.order]
-            for stride in (self.param.stride, self.gradient_stride, *given, None)
-        ]
-
-    @property
-    def is_strided(self) -> bool:
-        """Whether the elements of a stream are not side by side."""
-        *streams, consecutive = self.strides()
-        return any(stride != consecutive for stride in streams)
-
-    def layout_words(self) -> list[int]:
-        """Number of dimensions, sizes, and the strides of each stream."""
-        *streams, _ = self.strides()
-        sizes = [self.param.shape[dim] for dim in self.order]
-        return [len(self.order), *sizes, *(n for stride in streams for n in stride)]
 
 
 class TritonPlan:
@@ -139,19 +27,19 @@ class TritonPlan:
 
     Args:
         rule: "RADAM" or "LOOKAHEAD", as of ``_C.StepPlan.Rule``.
+        rows: finds the rows and their gradients: an empty ``_C.StepPlan``, or a ``PythonPlan``.
         captured: where tables go that a captured graph reads, to live as long as the list does.
     """
 
-    def __init__(self, rule: str, captured: list[DeviceTables]) -> None:
+    def __init__(self, rule: str, rows: PythonPlan, captured: list[DeviceTables]) -> None:
         self._rule = rule
+        self._rows = rows
         self._captured = captured
-        self._entries: list[tuple[weakref.ref[Tensor], int, str, int]] = []
-        self._rows: list[Row] = []
+        self._device_of: list[torch.device] = []  # of each row
         self._devices: list[torch.device] = []
         self._tables: dict[torch.device, DeviceTables] = {}
-        # What moves now, and its gradient; from a collect to its launch.
-        self._active: dict[Row, Tensor | None] | None = None
-        self._groups = 0
+        self._made_for: tuple[int, int] | None = None  # the number of groups, and of layout changes
+        self._collected = False  # and not launched yet
         self._tried: set[Any] = set()  # what has been compiled and loaded
         self._busy = threading.Lock()
 
@@ -166,20 +54,21 @@ class TritonPlan:
         step_name: str,
     ) -> None:
         """A parameter that this plan moves; as ``_C.StepPlan.add_row``."""
-        self._entries.append((weakref.ref(param), group, "row", len(self._rows)))
-        self._rows.append(Row(param, group, name, state, streams, step_name))
+        self._device_of.append(local(param).device)
+        self._rows.add_row(param, group, name, backend, state, streams, step_name)
 
     def add_idle(self, param: Tensor, group: int) -> None:
         """A parameter without state: the plan holds as long as it has no gradient."""
-        self._entries.append((weakref.ref(param), group, "idle", -1))
+        self._rows.add_idle(param, group)
 
     def add_foreign(self, param: Tensor, group: int) -> None:
         """A parameter that is none of this plan's business."""
-        self._entries.append((weakref.ref(param), group, "foreign", -1))
+        self._rows.add_foreign(param, group)
 
     def finish(self, optimizer_state: dict[Tensor, Any]) -> None:
         """All parameters have been added."""
-        self._devices = list(dict.fromkeys(row.device for row in self._rows))
+        self._rows.finish(optimizer_state)
+        self._devices = list(dict.fromkeys(self._device_of))
 
     def devices(self) -> list[torch.device]:
         """Those of the rows."""
@@ -197,7 +86,16 @@ class TritonPlan:
     ) -> bool:
         """Whether the plan still describes this optimizer; if so, what moves now is noted."""
         with self._alone():
-            return self._collect(param_groups, optimizer_state, moved)
+            self._collected = False
+            if not self._rows.collect(param_groups, optimizer_state, moved):
+                return False
+            made_for = (len(param_groups), self._rows.layout_changes())
+            if made_for != self._made_for:
+                self._tables.clear()
+                self._made_for = made_for
+            self._prepare(groups=len(param_groups))
+            self._collected = True
+            return True
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -208,37 +106,8 @@ class TritonPlan:
         finally:
             self._busy.release()
 
-    def _collect(
-        self,
-        param_groups: list[dict[str, Any]],
-        optimizer_state: dict[Tensor, Any],
-        moved: list[bool] | None,
-    ) -> bool:
-        found: list[tuple[Tensor, int]] = [
-            (param, i) for i, group in enumerate(param_groups) for param in group["params"]
-        ]
-        if len(found) != len(self._entries):
-            return False
-        if len(param_groups) != self._groups:
-            self._groups = len(param_groups)
-            self._tables.clear()  # they have room for the groups there were
-        active: dict[Row, Tensor | None] = {}
-        self._active = None
-        for position, ((param, group), entry) in enumerate(zip(found, self._entries, strict=True)):
-            known, known_group, kind, index = entry
-            if known() is not param or known_group != group:
-                return False
-            moves = param.grad is not None if moved is None else moved[position]
-            if kind == "idle" and moves:
-                return False
-            if kind != "row":
-                continue
-            row = self._rows[index]
-            state = optimizer_state.get(param)
-            if state is None or not row.fits(param, state):
-                return False
-            if moves:
-                active[row] = None if moved is not None else self._gradient(row, param)
+    def _prepare(self, groups: int) -> None:
+        """Get all tables ready for a launch."""
         capturing = self._is_capturing()
         for device in self._devices:
             if device not in self._tables:
@@ -247,14 +116,16 @@ class TritonPlan:
                         "the plan of this step cannot be made in a capture: take a step before it, "
                         "with gradients laid out as in the capture"
                     )
-                rows = [row for row in self._rows if row.device == device]
+                rows = {
+                    i: TensorRow(*row)
+                    for i, row in enumerate(self._rows.rows())
+                    if self._device_of[i] == device
+                }
                 with torch.inference_mode(False):  # tables made in it could not be written outside
                     self._tables[device] = DeviceTables(
-                        self._rule, rows, self._groups, device, self._tried
+                        self._rule, rows, groups, device, self._tried
                     )
             self._tables[device].reserve(capturing=capturing)
-        self._active = active
-        return True
 
     def _is_capturing(self) -> bool:
         """Whether a graph is being captured, on all devices or on none."""
@@ -269,16 +140,6 @@ class TritonPlan:
             )
         return True in answers
 
-    def _gradient(self, row: Row, param: Tensor) -> Tensor:
-        gradient = row.gradient(param)
-        stride = gradient.stride()
-        if stride != row.gradient_stride:
-            # That of a dimension of one element means nothing.
-            if any(stride[dim] != row.gradient_stride[dim] for dim in row.order):
-                self._tables.pop(row.device, None)  # they have the strides
-            row.gradient_stride = stride
-        return gradient
-
     def launch(
         self,
         hypers: Sequence[Hyperparameters],
@@ -292,31 +153,30 @@ class TritonPlan:
         ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
         """
         with self._alone():
-            active, self._active = self._active, None
-            if active is None:
+            if not self._collected:
                 raise RuntimeError(BUSY)  # it has taken the step that was collected
-            for device, signal in zip(self._devices, signals, strict=True):
-                tables = self._tables[device]
-                # 1 for a parameter that moves without: the rule reads none, or it is empty.
-                told = [self._address(active[row]) if row in active else 0 for row in tables.rows]
-                told += signal_words(signal) + group_words(hypers, signal.lr)
-                with on_device(device):
-                    tables.keep(self._captured)
-                    tables.launch(told)
-
-    @staticmethod
-    def _address(gradient: Tensor | None) -> int:
-        return 1 if gradient is None else word(gradient.data_ptr()) or 1
+            self._collected = False
+            gradients = self._rows.gradients()
+            try:
+                for device, signal in zip(self._devices, signals, strict=True):
+                    tables = self._tables[device]
+                    told = [word(gradients[row]) for row in tables.order]
+                    told += signal_words(signal) + group_words(hypers, signal.lr)
+                    with on_device(device):
+                        tables.keep(self._captured)
+                        tables.launch(told)
+            finally:
+                self._rows.release()
 
     def moved(self) -> list[Tensor]:
         """The parameters that move in the step that was collected."""
-        params = (row.known() for row in self._active or ())
-        return [param for param in params if param is not None]
+        return self._rows.moved()
 
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
         if not self._busy.locked():
-            self._active = None
+            self._collected = False
+            self._rows.release()
 
     def swap(self, num_threads: int) -> None:
         """Parameters and slow weights change places, those of all rows, or of none if it fails.

@@ -18,12 +18,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
-    from .triton_plan import Row
+    from .python_plan import TensorRow
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
 BLOCK = {torch.float32: 1024, torch.float64: 512}
 SCHEDULE_BLOCK = 128
+DTYPES = (torch.float32, torch.float64)
 NUM_WARPS = 4
 
 
@@ -61,47 +62,53 @@ class DeviceTables:
     """The tables of one device's rows, and its launches (``csrc/cuda/geometry.h``)."""
 
     def __init__(
-        self, rule: str, rows: list[Row], groups: int, device: torch.device, tried: set[Any]
+        self,
+        rule: str,
+        rows: dict[int, TensorRow],
+        groups: int,
+        device: torch.device,
+        tried: set[Any],
     ) -> None:
         self.device = device
         self._rule = rule
         self._stream = self._current_stream()
-        kind_of = {row: (row.dtype, row.is_strided) for row in rows}
-        self.rows = sorted(rows, key=lambda row: (row.dtype.itemsize, kind_of[row][1]))
+        kind_of = {i: (row.is_float64, any(row.strides)) for i, row in rows.items()}
+        self.order = sorted(rows, key=kind_of.__getitem__)  # as they stand on the device
+        kinds = [kind_of[i] for i in self.order]
+        ordered = [rows[i] for i in self.order]
         words: list[int] = []
         places = []
-        for row in self.rows:
-            strided = kind_of[row][1]
+        for row, (_, strided) in zip(ordered, kinds, strict=True):
             places.append(len(words) if strided else -1)
             if strided:
-                words += row.layout_words()
+                words += layout_words(row)
         self.layouts = self._to_device(np.array(words or [0], dtype=np.int64))
-        records = np.zeros((len(self.rows), 9), dtype=np.int64)
-        for record, row, place in zip(records, self.rows, places, strict=True):
-            memories = (row.param, None, *row.streams)
-            record[:5] = [0 if memory is None else memory.address for memory in memories]
+        records = np.zeros((len(rows), 9), dtype=np.int64)
+        for record, row, place in zip(records, ordered, places, strict=True):
+            record[:5] = [word(address) for address in row.data]
+            record[1] = 0  # gradients move from step to step
             record[5] = row.numel
-            record[6] = row.step.address
+            record[6] = word(row.step)
             record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
-            record[8] = row.group | (row.dtype == torch.float64) << 32
-        chunks = [-(-row.numel // CHUNK) for row in self.rows]
+            record[8] = row.group | row.is_float64 << 32
+        self._has_slow = any(row.data[4] for row in ordered)
+        chunks = [-(-row.numel // CHUNK) for row in ordered]
         table = np.zeros((sum(chunks), 2), dtype=np.int32)
-        table[:, 0] = np.repeat(np.arange(len(self.rows)), chunks)
+        table[:, 0] = np.repeat(np.arange(len(rows)), chunks)
         firsts = np.concatenate([[0], np.cumsum(chunks)])
         table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
         kernels = load_kernels()
         words_told = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
-        told = np.zeros(len(self.rows) + words_told, dtype=np.int64)
-        scalars = np.zeros((len(self.rows), 11), dtype=np.int64)
+        told = np.zeros(len(rows) + words_told, dtype=np.int64)
+        scalars = np.zeros((len(rows), 11), dtype=np.int64)
         arrays = (records, scalars, table, told)
         self._tables = Tables(*(self._to_device(array) for array in arrays))
-        kinds = [kind_of[row] for row in self.rows]
         self.launches = []
         for kind in dict.fromkeys(kinds):
             first = kinds.index(kind)
             begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
             if end > begin:
-                self.launches.append(Launch(*kind, begin, end - begin))
+                self.launches.append(Launch(DTYPES[kind[0]], kind[1], begin, end - begin))
         self._told: list[int] = []
         self._host: Tensor | None = None
         self._capturing = False
@@ -114,18 +121,17 @@ class DeviceTables:
         """
         zeros = self._to_device(np.zeros(64, dtype=np.int64))
         nothing = Tables(zeros, zeros, zeros.view(torch.int32), zeros)
-        has_slow = any(row.has_slow for row in self.rows)
         with on_device(self.device):
             if self.device not in tried:
-                write_words(zeros, [0] * 8)
+                write_words(zeros, [0] * len(zeros))
                 self._count_steps(nothing, 0)
                 tried.add(self.device)
             for launch in self.launches:
-                kind = (self.device, launch.dtype, launch.strided, has_slow)
+                kind = (self.device, launch.dtype, launch.strided, self._has_slow)
                 if kind not in tried:
                     one = launch._replace(first_chunk=0, chunks=1)
                     self._run_rule(one, nothing)
-                    if has_slow:
+                    if self._has_slow:
                         self._slow(one, nothing, swap=True)
                     tried.add(kind)
 
@@ -146,7 +152,7 @@ class DeviceTables:
     def launch(self, told: list[int]) -> None:
         """Count a step of what moves, and run the rule on it. Nothing waits for the device."""
         tables = self._tables._replace(told=self._tell(told))
-        self._count_steps(tables, len(self.rows))
+        self._count_steps(tables, len(self.order))
         for launch in self.launches:
             self._run_rule(launch, tables)
 
@@ -172,8 +178,8 @@ class DeviceTables:
         """
         host, self._host = self._host, None
         if host is None:
-            room = -(-len(told) // 8) * 8
-            return write_words(torch.empty(room, dtype=torch.int64, device=self.device), told)
+            table = torch.zeros(len(told), dtype=torch.int64, device=self.device)
+            return write_words(table, told)
         if self._told != told:
             host.numpy()[:] = told
             self._tables.told.copy_(host, non_blocking=True)
@@ -215,13 +221,22 @@ class DeviceTables:
         return torch.get_device_module(self.device).current_stream(self.device)
 
 
-def write_words(table: Tensor, words: list[int]) -> Tensor:
-    """Write ``words`` to a table on the current device by launches alone; returns it."""
-    kernel = load_kernels().write_words[(1,)]
-    for first in range(0, len(words), 8):
-        eight = (words[first : first + 8] + [0] * 8)[:8]
-        kernel(table, first, *eight, enable_fp_fusion=False)
-    return table
+def write_words(zeros: Tensor, words: list[int]) -> Tensor:
+    """Write ``words`` to a table of zeros by launches alone, which carry them; returns the table.
+
+    One of torch's takes a hundred numbers or more, for as many tensors; one of Triton's, few.
+    """
+    torch._foreach_add_(zeros.unbind(), words)
+    return zeros
+
+
+def layout_words(row: TensorRow) -> list[int]:
+    """Number of dimensions, sizes, and the strides of each stream."""
+    consecutive = [1] * len(row.sizes)
+    for i in range(len(row.sizes) - 1, 0, -1):
+        consecutive[i - 1] = consecutive[i] * row.sizes[i]
+    strides = [n for stride in row.strides for n in stride or consecutive]
+    return [len(row.sizes), *row.sizes, *strides]
 
 
 def number_words(number: Tensor | None) -> list[int]:
