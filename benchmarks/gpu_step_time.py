@@ -34,7 +34,7 @@ from contestants import (
     contestants_on,
     step_of,
 )
-from step_time import CYCLE, OURS, check_moved, environment, run, verify
+from step_time import CYCLE, OURS, check_moved, environment, judge, run, verify
 from workloads import FLAT, GPU_DEFAULT, WORKLOADS, random_tensors
 
 MOST_TENSORS_TO_COMPILE = 100
@@ -42,6 +42,20 @@ SAMPLE_MS = 10.0  # of several cycles, where one is shorter
 SLOW_SECONDS = 0.5  # a cycle that takes longer needs no lead-in to have its memory to itself
 BYTES_OF_A_CONTESTANT = 20  # for a parameter: itself, three states, and temporaries
 CAPTURED = 1000  # tensors from which on a replayed CUDA graph is worth a look
+TRITON = "ranger triton"
+LARGE = ["1e9", "2.5e8", "64 x 1024^2"]
+# (who, other, workloads; None: all): at most this fraction of the other's time.
+PROMISES: list[tuple[str, str, list[str] | None, float]] = [
+    (OURS, "torch AdamW fused", LARGE, 1.0),
+    (OURS, "torch AdamW fused", ["1000 x 1024"], 0.1),
+    (OURS, "torch AdamW fused", ["resnet50", "vit-l/16", "gpt2", "llama-1b"], 0.9),
+    ("radam", "torch AdamW fused", LARGE, 0.93),
+    (TRITON, OURS, LARGE, 1.1),
+    (TRITON, "optimi Ranger", None, 1.0),
+    (TRITON, "flashoptim AdamW float32", None, 1.0),
+    (TRITON, "flashoptim AdamW 8-bit", None, 1.0),
+]
+OF_COPY = ("1e9", 0.97)  # ours reaches this fraction of a copy's bandwidth
 GPU_STATE = "pstate,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
@@ -66,6 +80,8 @@ def main() -> int:
         save(result, args.out)
     result["copy_after"] = copy_bandwidth(device)
     result["gpu_after"] = gpu_state(device)
+    result["promises"] = promises(result)
+    print("\n".join(["\npromises", *result["promises"]]))
     save(result, args.out)
     return 0 if all(right(found) for found in result["workloads"].values()) else 1
 
@@ -272,11 +288,35 @@ def attempt(row: dict[str, Any], call: Callable[[], Any]) -> Any:
 
 
 def verified(name: str, device: torch.device) -> str:
-    """ "yes", or in what our step fails."""
-    shapes = WORKLOADS[name]
+    """ "yes", or in what our step fails, by one backend or the other."""
+    shapes = WORKLOADS[name][: len(WORKLOADS[name]) // 20 + 1]
     row: dict[str, Any] = {}
-    attempt(row, lambda: verify(shapes[: len(shapes) // 20 + 1], device, name in FLAT))
+    for backend in ("cuda", "triton") if device.type == "cuda" else (device.type,):
+
+        def check(backend: str = backend) -> None:
+            verify(shapes, device, name in FLAT, backend)
+
+        attempt(row, check)
     return row.get("missing", "yes")
+
+
+def promises(result: dict[str, Any]) -> list[str]:
+    """Each promise on each workload that was measured, and whether it was kept."""
+    lines = []
+    for name, found in result["workloads"].items():
+        rows = found.get("rows", {})
+        for who, other, where, limit in PROMISES:
+            if where is not None and name not in where:
+                continue
+            pairs = zip(*(rows.get(x, {}).get("samples", []) for x in (who, other)), strict=False)
+            ratios = [mine / its for mine, its in pairs]
+            value = median(ratios) if ratios else None
+            lines.append(judge(f"{name}: time of {who} against {other}", value, limit)[1])
+        if name == OF_COPY[0]:
+            reached = rows.get(OURS, {}).get("gb_per_s")
+            value = result["copy"]["gb_per_s"] / reached if reached else None
+            lines.append(judge(f"{name}: time against a copy's", value, 1 / OF_COPY[1])[1])
+    return lines
 
 
 def note_details(row: dict[str, Any], runner: Runner) -> None:
@@ -335,6 +375,7 @@ def replays(name: str, device: torch.device) -> dict[str, dict[str, Any]]:
     """A step captured as a CUDA graph and replayed: nothing of Python, little of the driver."""
     builds: dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]] = {
         OURS: lambda p: ranger_cuda.Ranger(p, backend="cuda"),
+        TRITON: lambda p: ranger_cuda.Ranger(p, backend="triton"),
         "torch AdamW fused": lambda p: torch.optim.AdamW(p, fused=True, capturable=True),
     }
     rows: dict[str, dict[str, Any]] = {who: {} for who in builds}

@@ -451,7 +451,7 @@ def benchmark_lines(result: Result) -> list[str]:
             + (f"; NOT VERIFIED: {found['verified']}" if found["verified"] != "yes" else "")
         )
         lines.append(f"{'':<22} " + ", ".join(f"{who} {x}" for who, x in others.items()))
-    return lines
+    return [*lines, "promises:", *result.get("promises", ["  the benchmark did not end"])]
 
 
 def save(run: Run, results: dict[str, Result], begun: float) -> None:

@@ -136,11 +136,18 @@ def check_moved(
             raise AssertionError(f"{contestant.name} left a parameter unchanged or not finite")
 
 
-def verify(shapes: Shapes, device: torch.device, flat: bool = False) -> None:
-    """What is timed is right: the bits of the reference after every step of a cycle and more."""
+def verify(
+    shapes: Shapes, device: torch.device, flat: bool = False, backend: str | None = None
+) -> None:
+    """What is timed is right: the bits of the reference after every step of a cycle and more.
+
+    Args:
+        backend: default: the native one of ``device``.
+    """
+    backend = backend or device.type
     values = random_tensors(shapes, device, flat)
     sets = [[Parameter(value) for value in values], [Parameter(value.clone()) for value in values]]
-    fast = ranger_cuda.Ranger(sets[0], backend=device.type)
+    fast = ranger_cuda.Ranger(sets[0], backend=backend)
     reference = ranger_cuda.Ranger(sets[1], backend="reference")
     for _ in range(WARM_UP + 1):
         for a, b, gradient in zip(*sets, random_tensors(shapes, device, flat), strict=True):
@@ -148,7 +155,7 @@ def verify(shapes: Shapes, device: torch.device, flat: bool = False) -> None:
         fast.step()
         reference.step()
         if not all(torch.equal(a, b) for a, b in zip(*sets, strict=True)):
-            raise AssertionError("the native step differs from the reference")
+            raise AssertionError(f"the step of backend={backend!r} differs from the reference")
 
 
 def sample(step: Step) -> float:
@@ -239,11 +246,17 @@ def check(result: dict[str, Any]) -> int:
     for name, rows in result["workloads"].items():
         promises.append((f"{name}: bytes allocated in a cycle", rows[OURS]["bytes_allocated"], 0))
     for what, value, limit in promises:
-        kept = value is not None and value <= limit
+        kept, line = judge(what, value, limit)
         broken += not kept
-        shown = "not measured" if value is None else f"{value:.3f}"
-        print(f"  {'kept  ' if kept else 'BROKEN'} {what}: {shown}, at most {limit:.3f}")
+        print(line)
     return 1 if broken else 0
+
+
+def judge(what: str, value: float | None, limit: float) -> tuple[bool, str]:
+    """Whether a promise is kept, and a line that says so."""
+    kept = value is not None and value <= limit
+    shown = "not measured" if value is None else f"{value:.3f}"
+    return kept, f"  {'kept  ' if kept else 'BROKEN'} {what}: {shown}, at most {limit:.3f}"
 
 
 if __name__ == "__main__":
