@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
@@ -368,6 +369,31 @@ def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
     optimizer._dispatcher.reset()
     assert captured is optimizer._dispatcher._captured
     assert len(captured) == 1
+
+
+def test_a_capture_calls_nothing_of_torch_s_that_making_the_plan_did_not(gpu, monkeypatch):
+    """A kernel that is loaded for the first time may not be in a capture; and a call for all words,
+    not one for each."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+        def __init__(self):
+            super().__init__()
+            self.names: list[str] = []
+
+    params = with_gradients(*(torch.randn(3) for _ in range(40)))
+    optimizer = Ranger(params, backend="triton")
+    with Calls() as first:
+        optimizer.step()
+    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+    with Calls() as captured:
+        optimizer.step()
+    writes = [name for name in captured.names if "detach" not in name and "profiler" not in name]
+    assert writes == ["aten.zeros.default", "aten.unbind.int", "aten._foreach_add_.ScalarList"]
+    assert set(writes) <= set(first.names)
 
 
 def test_a_plan_is_not_made_in_a_capture(interpreted, monkeypatch):

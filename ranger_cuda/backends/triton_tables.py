@@ -115,7 +115,7 @@ class DeviceTables:
         self._try_out(tried)
 
     def _try_out(self, tried: set[Any]) -> None:
-        """Compile and load all kernels, over tables of zeros, in which nothing moves.
+        """Compile and load all kernels, torch's too, over tables of zeros, in which nothing moves.
 
         A step must not fail in its middle, and a capture must find them loaded.
         """
@@ -123,7 +123,7 @@ class DeviceTables:
         nothing = Tables(zeros, zeros, zeros.view(torch.int32), zeros)
         with on_device(self.device):
             if self.device not in tried:
-                write_words(zeros, [0] * len(zeros))
+                write_words([0] * 8, self.device)
                 self._count_steps(nothing, 0)
                 tried.add(self.device)
             for launch in self.launches:
@@ -178,8 +178,7 @@ class DeviceTables:
         """
         host, self._host = self._host, None
         if host is None:
-            table = torch.zeros(len(told), dtype=torch.int64, device=self.device)
-            return write_words(table, told)
+            return write_words(told, self.device)
         if self._told != told:
             host.numpy()[:] = told
             self._tables.told.copy_(host, non_blocking=True)
@@ -221,13 +220,14 @@ class DeviceTables:
         return torch.get_device_module(self.device).current_stream(self.device)
 
 
-def write_words(zeros: Tensor, words: list[int]) -> Tensor:
-    """Write ``words`` to a table of zeros by launches alone, which carry them; returns the table.
+def write_words(words: list[int], device: torch.device) -> Tensor:
+    """A table of ``words``, written by launches that carry them.
 
     One of torch's takes a hundred numbers or more, for as many tensors; one of Triton's, few.
     """
-    torch._foreach_add_(zeros.unbind(), words)
-    return zeros
+    table = torch.zeros(len(words), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), words)
+    return table
 
 
 def layout_words(row: TensorRow) -> list[int]:
