@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 
+from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Ranger, support
 from ranger_cuda.backends import triton_plan, triton_tables
 from targets import release
+from test_cuda_resources import cuobjdump
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
@@ -66,6 +68,21 @@ def test_every_stream_is_read_and_written_16_bytes_at_a_time(target, dtype):
         assert_rounds_as_written(slow)
         assert len(re.findall(rf"ld\.global\.({WIDE})", slow)) >= 2
         assert len(re.findall(rf"st\.global\.({WIDE})", slow)) >= 2
+
+
+@FLOATS
+@pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
+def test_registers_leave_room_and_nothing_is_spilled(target, dtype, tmp_path):
+    """For five programs of 128 threads, each with 128 bytes on their way; strided, for three."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump, neither of a CUDA toolkit nor in Triton's wheel")
+    for strided, registers in ((False, 96), (True, 168)):
+        binary = tmp_path / f"{strided}.cubin"
+        binary.write_bytes(compiled("radam_kernel", target, dtype, strided).asm["cubin"])
+        usage = dict(re.findall(r"([A-Z]+):(\d+)", checked([tool, "-res-usage", binary])))
+        assert int(usage["REG"]) <= registers
+        assert usage["STACK"] == usage["LOCAL"] == "0"
 
 
 @FLOATS
