@@ -129,6 +129,7 @@ PYBIND11_MODULE(_C, module) {
       .def("rows", &StepPlan::rows)
       .def("gradients", &StepPlan::gradients)
       .def("layout_changes", &StepPlan::layout_changes)
+      .def("hold", &StepPlan::hold)
       .def("moved", &StepPlan::moved)
       .def("release", &StepPlan::release)
       .def("swap", &StepPlan::swap, py::arg("num_threads"));

@@ -207,7 +207,9 @@ void StepPlan::finish(const py::dict& optimizer_state) {
     const auto is_its = [&](const cuda::DevicePlan& plan) { return plan.device() == row.device; };
     if (row.device == kCpu) {
       has_cpu_rows_ = true;
-    } else if (row.device >= 0 && std::none_of(devices_.begin(), devices_.end(), is_its)) {
+    } else if (row.device == kFromPython) {
+      is_for_python_ = true;
+    } else if (std::none_of(devices_.begin(), devices_.end(), is_its)) {
       devices_.emplace_back(row.device);
     }
   }
@@ -251,10 +253,12 @@ bool StepPlan::state_is_unchanged(const py::dict& optimizer_state) {
 
 // The same tensor objects may have been given other memory (`tensor.data = ...`, as scripts do that
 // move a whole state to another device). Describing each would double the cost of a step, so this
-// takes some rows after the other: it sees at once what was done to all.
+// takes some rows after the other: it sees at once what was done to all. Launches from Python cost
+// so much more that all are described there.
 bool StepPlan::probe_memory() {
   constexpr size_t kProbes = 32;
-  for (size_t i = 0; i < std::min(kProbes, keys_.size()); ++i) {
+  const size_t probes = is_for_python_ ? keys_.size() : std::min(kProbes, keys_.size());
+  for (size_t i = 0; i < probes; ++i) {
     probe_ = (probe_ + 1) % keys_.size();
     bool asked_python = false;
     for (const StateItem& item : keys_[probe_].state) {
@@ -262,7 +266,7 @@ bool StepPlan::probe_memory() {
       if (!is_unmoved(item)) return false;
       asked_python = asked_python || !item.is_plain;
     }
-    if (asked_python) break;  // that took as long as all the others
+    if (asked_python && !is_for_python_) break;  // that took as long as all the others
   }
   return true;
 }
@@ -375,6 +379,7 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
 void StepPlan::launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
                       const std::vector<Signals>& signals, int num_threads) {
   const Busy busy(*this);
+  require_state();
   for (size_t i = 0; i < devices_.size(); ++i) launch_on(devices_[i], hypers, signals.at(i));
   if (has_cpu_rows_) launch_on_cpu(hypers, scaling, num_threads);  // while the devices work
   gradients_.clear();
@@ -432,11 +437,27 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
   return {data_of(described), *dtype == DType::kFloat64};
 }
 
+// Between collect() and what follows it, other threads may have run.
+void StepPlan::require_state() const {
+  if (!life_->outlived) return;
+  throw std::runtime_error(
+      "the optimizer's state was replaced while a step was under way, in another thread or a hook; "
+      "let one at a time");
+}
+
+py::object StepPlan::hold() const {
+  require_state();
+  using Memory = decltype(life_->memory);
+  return py::capsule(new Memory(life_->memory),
+                     [](void* held) { delete static_cast<Memory*>(held); });
+}
+
 py::list StepPlan::rows() const {
   py::list rows;
   for (const TensorRow& row : rows_) {
     std::vector<uintptr_t> addresses;
     for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
+    addresses[kGrad] = 0;
     rows.append(py::make_tuple(row.numel, row.dtype == DType::kFloat64, row.group,
                                reinterpret_cast<uintptr_t>(row.step), row.sizes, addresses,
                                row.strides));

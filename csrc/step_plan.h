@@ -76,13 +76,16 @@ class StepPlan {
               const std::vector<Signals>& signals, int num_threads);
 
   // For launches from Python, the rows: (numel, is_float64, group, the step count's address, sizes,
-  // each stream's address and strides), as TensorRow has them; 0 for a stream that is not there.
+  // each stream's address and strides), as TensorRow has them; 0 for a stream that is not there,
+  // and for the gradient.
   pybind11::list rows() const;
   // For each row the address of its gradient in the step that was collected: 0 where it rests, 1
   // where there is nothing to read.
   pybind11::list gradients() const;
   // How many times a gradient had other strides than before.
   int64_t layout_changes() const { return layout_changes_; }
+  // Keeps the memory of the rows' state alive as long as it is there itself.
+  pybind11::object hold() const;
 
   // The parameters that move in the step that was collected, as far as they are there.
   pybind11::list moved() const;
@@ -92,7 +95,8 @@ class StepPlan {
     if (!busy_) gradients_.clear();
   }
 
-  // Parameters and slow weights change places, those of all rows. After a collect().
+  // Parameters and slow weights change places, those of all rows. After a collect(); the caller
+  // holds their memory.
   void swap(int num_threads);
 
  private:
@@ -137,6 +141,7 @@ class StepPlan {
   static bool same_items(const std::vector<StateItem>& items, PyObject* state);
   bool state_is_unchanged(const pybind11::dict& optimizer_state);
   bool probe_memory();
+  void require_state() const;
   bool is_unmoved(const StateItem& item) const;
   void check_count(const Entry& entry) const;
   PyObject* watch(pybind11::handle object);
@@ -175,6 +180,7 @@ class StepPlan {
   int64_t layout_changes_ = 0;
   std::vector<Chunk> chunks_;  // of the CPU's rows
   bool has_cpu_rows_ = false;
+  bool is_for_python_ = false;
   std::vector<cuda::DevicePlan> devices_;
   size_t probe_ = 0;
   bool busy_ = false;

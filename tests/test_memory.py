@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.hyperparameters import read
 
 BUILDERS = {
     "RAdam": RAdam,
@@ -106,6 +107,11 @@ def move_whole_state(optimizer, params):
             value.data = value.data.clone() * 0.5 if value.dim() else value.data.clone()
 
 
+def move_one_tensor(optimizer, params):
+    value = optimizer.state[params[2]]["exp_avg"]
+    value.data = value.data.clone() * 0.5
+
+
 def move_parameters(optimizer, params):
     for p in params:
         p.data = p.data.clone() + 1
@@ -138,6 +144,7 @@ CHANGES = [
     replace_dicts,
     clear_state,
     move_whole_state,
+    move_one_tensor,
     move_parameters,
     change_layout,
     drop_a_parameter,
@@ -231,6 +238,19 @@ def test_a_load_in_another_thread_leaves_a_step_under_way_its_memory():
         "for thread in threads: thread.join()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_step_whose_state_is_gone_before_its_launch_is_refused():
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = Ranger([param], backend="cpu")
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, None)
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="state was replaced"):
+        optimizer._dispatcher.launch([read(optimizer.param_groups[0], lookahead=True)])
+    assert torch.equal(param, before)
 
 
 def test_parameters_that_share_memory_move_one_after_the_other():

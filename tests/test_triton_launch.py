@@ -6,6 +6,7 @@ import copy
 import gc
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,8 @@ from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
 from ranger_cuda.backends import triton_plan, triton_tables
 from ranger_cuda.backends.python_plan import TensorRow
-from targets import fresh_kernels, interpreted_kernels, plan_for_triton_on_the_cpu
+from ranger_cuda.tensors import plain_grad
+from targets import fresh_kernels, interpreted_kernels, open_target, plan_for_triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
@@ -300,6 +302,113 @@ def test_a_step_that_comes_between_takes_another_s_place_and_says_so(interpreted
 # --- memory --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["interpreted", "uncompiled"])
+def either_plan(request, monkeypatch):
+    return open_target(request.param, monkeypatch)
+
+
+def test_one_tensor_given_other_memory_is_seen_at_once(either_plan):
+    """However many there are, and complex ones beside it."""
+    tensors = [torch.randn(3, dtype=torch.complex64)] + [torch.randn(3) for _ in range(99)]
+    a, b = twins(tensors)
+    first, second = Ranger(a, k=2, backend="triton"), Ranger(b, k=2, backend="reference")
+    for step in range(4):
+        for optimizer, params in ((first, a), (second, b)):
+            for value in optimizer.state[params[70]].values() if step == 1 else ():
+                value.data = value.data.clone()
+            for value in optimizer.state[params[0]].values() if step == 2 else ():
+                value.data = value.data.clone()
+        give_gradients([torch.ones_like(t) for t in tensors], a, b)
+        first.step()
+        second.step()
+        assert_same(first, second, a, b, f"step {step}")
+
+
+def test_a_gradient_lives_as_long_as_its_step(either_plan, monkeypatch):
+    """Copies of it, too: the launch finds them alive, and nobody keeps them."""
+    copies, alive = [], []
+
+    def copying(param, name):
+        gradient = plain_grad(param, name)
+        copies.append(weakref.ref(gradient))
+        return gradient
+
+    monkeypatch.setattr("ranger_cuda.dispatch.plain_grad", copying)
+    monkeypatch.setattr("ranger_cuda.backends.python_plan.plain_grad", copying)
+    kernels = interpreted_kernels()
+    real = kernels.radam_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            alive.extend(copy() is not None for copy in copies)
+            return real[grid]
+
+    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.complex64))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    copies.clear()
+    monkeypatch.setattr(kernels, "radam_kernel", Watched())
+    params[1].grad = torch.ones(4, dtype=torch.complex64).conj()
+    gradients = [weakref.ref(param.grad) for param in params]
+    optimizer.step()
+    assert copies
+    assert alive
+    assert all(alive)
+    assert not any(copy() for copy in copies)
+    optimizer.zero_grad()
+    assert [gradient() for gradient in gradients] == [None, None]
+
+
+def test_a_step_that_is_not_taken_lets_its_gradients_go(either_plan):
+    params = with_gradients(torch.randn(4), torch.randn(4))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    gradients = [weakref.ref(param.grad) for param in params]
+    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, None)
+    optimizer._dispatcher.release()
+    optimizer.zero_grad()
+    assert [gradient() for gradient in gradients] == [None, None]
+
+
+def test_a_load_during_a_launch_leaves_it_its_memory(either_plan, monkeypatch):
+    """As another thread may: Triton's launches let others run."""
+    kernels = interpreted_kernels()
+    real = kernels.radam_kernel
+    (param,) = params = with_gradients(torch.randn(70))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    before = [weakref.ref(value.untyped_storage()) for value in optimizer.state[param].values()]
+    alive = []
+
+    class Meanwhile:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+                alive.extend(storage() is not None for storage in before)
+                if all(alive):  # it would write to memory that is another's
+                    real[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "radam_kernel", Meanwhile())
+    optimizer.step()
+    assert alive == [True] * 4
+
+
+def test_a_step_whose_state_is_gone_before_its_launch_is_refused(either_plan):
+    params = with_gradients(torch.randn(70))
+    optimizer = Ranger(params, backend="triton")
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, None)
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="state was replaced"):
+        optimizer._dispatcher.launch(
+            [hyperparameters.read(optimizer.param_groups[0], lookahead=True)]
+        )
+    assert_same_bits(params[0], before, "parameter")
+
+
 class Streams:
     """A GPU's current stream, and which tensors were recorded for which."""
 
@@ -464,7 +573,7 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
 
 def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
     upper = 2**64 - 64
-    row = TensorRow(4, False, 0, upper, [4], [upper, 1, upper, upper, upper], [[]] * 5)
+    row = TensorRow(4, False, 0, upper, [4], [upper, 0, upper, upper, upper], [[]] * 5)
     tables = triton_tables.DeviceTables("RADAM", {0: row}, 1, torch.device("cpu"), set())
     assert tables._tables.records.tolist() == [[-64, 0, -64, -64, -64, 4, -64, 0, 0]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
@@ -478,6 +587,7 @@ def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, 
         collect=real.collect,
         layout_changes=real.layout_changes,
         moved=real.moved,
+        hold=real.hold,
         gradients=lambda: [upper],
         release=real.release,
     )

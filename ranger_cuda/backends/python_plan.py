@@ -1,4 +1,4 @@
-"""What launches from Python need of ``_C.StepPlan``, for installs that have nothing compiled."""
+"""What launches from Python need of ``_C.StepPlan``, where there is no extension."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ class TensorRow(NamedTuple):
     strides: list[list[int]]  # of the same; empty: its elements are consecutive
 
 
+def consecutive(sizes: Sequence[int]) -> list[int]:
+    """The strides of elements side by side."""
+    strides = [1] * len(sizes)
+    for i in range(len(sizes) - 1, 0, -1):
+        strides[i - 1] = strides[i] * sizes[i]
+    return strides
+
+
 class PythonPlan:
     """Finds the rows of an optimizer's parameters again and checks them at every step.
 
@@ -39,7 +47,7 @@ class PythonPlan:
         self._states: list[dict[str, Any]] = []
         self._group_of: list[int] = []
         self._idle: list[int] = []  # positions
-        self._names: list[str] = []  # of the state that the kernels read
+        self._names: list[list[str]] = []  # for each row, of the state that the kernels read
         self._rows: list[_Row] = []
         self._gradients: list[Tensor] = []  # alive until the launch is over
         self._layout_changes = 0
@@ -57,7 +65,7 @@ class PythonPlan:
         """A parameter that this plan's kernels move."""
         position = len(self._params)
         self._rows.append(_Row(param, position, group, name, state, streams, step_name))
-        self._names = [key for key in (*streams, step_name) if key is not None]
+        self._names.append([key for key in (*streams, step_name) if key is not None])
         self._states.append(state)
         self.add_foreign(param, group)
 
@@ -75,13 +83,14 @@ class PythonPlan:
         """All parameters have been added."""
         self._known = _Known(self._params)
         its = [self._params[row.position] for row in self._rows]
-        self._known_rows = _Known(its, memory=True, geometry=True)
-        self._known_state = _Known(self._tensors_of(self._states), memory=True)
+        self._known_rows = _Known(its, memory=True)
+        self._known_state = _Known(self._state_of(self._states), memory=True)
         self._params = []
         self._states = []
 
-    def _tensors_of(self, states: list[dict[str, Any]]) -> list[Any]:
-        return [state.get(name) for state in states for name in self._names]
+    def _state_of(self, states: list[dict[str, Any]]) -> list[Any]:
+        pairs = zip(states, self._names, strict=True)
+        return [state.get(name) for state, names in pairs for name in names]
 
     def collect(
         self,
@@ -96,7 +105,7 @@ class PythonPlan:
         if group_of != self._group_of or not self._known.are(params):
             return False
         its = [params[row.position] for row in self._rows]
-        state = self._tensors_of([optimizer_state.get(param, {}) for param in its])
+        state = self._state_of([optimizer_state.get(param, {}) for param in its])
         if not (self._known_rows.are(its) and self._known_state.are(state)):
             return False
         gradients = [param.grad if moved is None else None for param in params]
@@ -136,6 +145,16 @@ class PythonPlan:
         """How many times a gradient had other strides than before."""
         return self._layout_changes
 
+    def hold(self) -> object:
+        """Keeps the rows' state alive as long as it is there itself."""
+        state = self._known_state.tensors()
+        if any(tensor is None for tensor in state):
+            raise RuntimeError(
+                "the optimizer's state was replaced while a step was under way, in another thread "
+                "or a hook; let one at a time"
+            )
+        return state
+
     def moved(self) -> list[Tensor]:
         """The parameters that move in the step that was collected."""
         params = zip(self._rows, self._known_rows.tensors(), strict=True)
@@ -153,32 +172,28 @@ class _Known:
     is used again is not taken for the old tensor.
 
     Args:
-        memory: whether to compare where they lie, too; ``geometry``: strides, dtypes and devices.
+        memory: whether to compare where they lie, too.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], *, memory: bool = False, geometry: bool = False
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, memory: bool = False) -> None:
         self._gone: list[Any] = []
         self._watches = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
         self._ids = [*map(id, tensors)]
         self._sharded = memory and any(isinstance(tensor, DTensor) for tensor in tensors)
         self._memory = memory
-        self._geometry = geometry
         self._lay = self._lie(tensors)
 
     def _lie(self, tensors: Sequence[Tensor]) -> list[Any]:
+        if not self._memory:
+            return []
         if self._sharded:
             tensors = [*map(local, tensors)]
         # One attribute of all tensors at a time: most of what a step costs the host is here.
-        lie: list[Any] = []
-        if self._memory:
-            lie += [tensor.data_ptr() for tensor in tensors]
-            lie += [tensor.shape for tensor in tensors]
-        if self._geometry:
-            lie += [tensor.stride() for tensor in tensors]
-            lie += [tensor.dtype for tensor in tensors]
-            lie += [tensor.device for tensor in tensors]
+        lie: list[Any] = [tensor.data_ptr() for tensor in tensors]
+        lie += [tensor.shape for tensor in tensors]
+        lie += [tensor.stride() for tensor in tensors]
+        lie += [tensor.dtype for tensor in tensors]
+        lie += [tensor.device for tensor in tensors]
         return lie
 
     def are(self, tensors: Sequence[Any]) -> bool:
@@ -227,10 +242,7 @@ class _Row:
     def in_order(self, stride: tuple[int, ...]) -> list[int]:
         """The strides of a tensor, as a ``TensorRow`` has them."""
         ordered = [stride[dim] for dim in self.order]
-        consecutive = [1] * len(ordered)
-        for i in range(len(ordered) - 1, 0, -1):
-            consecutive[i - 1] = consecutive[i] * self.sizes[i]
-        return [] if ordered == consecutive else ordered
+        return [] if ordered == consecutive(self.sizes) else ordered
 
     def reads(self, gradient: Tensor) -> bool:
         """Whether the kernels can read a gradient as it is."""

@@ -1,4 +1,4 @@
-"""The Triton backend's plan: what ``_C.StepPlan`` is to the compiled kernels, with Triton's."""
+"""The Triton backend's plan: what ``_C.StepPlan`` is to the compiled kernels."""
 
 from __future__ import annotations
 
@@ -109,6 +109,8 @@ class TritonPlan:
     def _prepare(self, groups: int) -> None:
         """Get all tables ready for a launch."""
         capturing = self._is_capturing()
+        missing = any(device not in self._tables for device in self._devices)
+        described = [TensorRow(*row) for row in self._rows.rows()] if missing else []
         for device in self._devices:
             if device not in self._tables:
                 if capturing:
@@ -116,11 +118,7 @@ class TritonPlan:
                         "the plan of this step cannot be made in a capture: take a step before it, "
                         "with gradients laid out as in the capture"
                     )
-                rows = {
-                    i: TensorRow(*row)
-                    for i, row in enumerate(self._rows.rows())
-                    if self._device_of[i] == device
-                }
+                rows = {i: row for i, row in enumerate(described) if self._device_of[i] == device}
                 with torch.inference_mode(False):  # tables made in it could not be written outside
                     self._tables[device] = DeviceTables(
                         self._rule, rows, groups, device, self._tried
@@ -156,6 +154,7 @@ class TritonPlan:
             if not self._collected:
                 raise RuntimeError(BUSY)  # it has taken the step that was collected
             self._collected = False
+            held = self._rows.hold()  # a load in another thread may let go of it meanwhile
             gradients = self._rows.gradients()
             try:
                 for device, signal in zip(self._devices, signals, strict=True):
@@ -167,6 +166,7 @@ class TritonPlan:
                         tables.launch(told)
             finally:
                 self._rows.release()
+                del held
 
     def moved(self) -> list[Tensor]:
         """The parameters that move in the step that was collected."""
@@ -181,7 +181,7 @@ class TritonPlan:
     def swap(self, num_threads: int) -> None:
         """Parameters and slow weights change places, those of all rows, or of none if it fails.
 
-        After a ``collect``.
+        After a ``collect``; the caller holds their memory.
         """
         with self._alone(), contextlib.ExitStack() as undo:
             for device in self._devices:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .python_plan import TensorRow, consecutive
+
 if TYPE_CHECKING:
     from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
-    from .python_plan import TensorRow
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
@@ -86,7 +87,6 @@ class DeviceTables:
         records = np.zeros((len(rows), 9), dtype=np.int64)
         for record, row, place in zip(records, ordered, places, strict=True):
             record[:5] = [word(address) for address in row.data]
-            record[1] = 0  # gradients move from step to step
             record[5] = row.numel
             record[6] = word(row.step)
             record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
@@ -223,7 +223,7 @@ class DeviceTables:
 def write_words(words: list[int], device: torch.device) -> Tensor:
     """A table of ``words``, written by launches that carry them.
 
-    One of torch's takes a hundred numbers or more, for as many tensors; one of Triton's, few.
+    One of torch's takes 96 numbers or more, for as many tensors; one of Triton's, few.
     """
     table = torch.zeros(len(words), dtype=torch.int64, device=device)
     torch._foreach_add_(table.unbind(), words)
@@ -232,10 +232,7 @@ def write_words(words: list[int], device: torch.device) -> Tensor:
 
 def layout_words(row: TensorRow) -> list[int]:
     """Number of dimensions, sizes, and the strides of each stream."""
-    consecutive = [1] * len(row.sizes)
-    for i in range(len(row.sizes) - 1, 0, -1):
-        consecutive[i - 1] = consecutive[i] * row.sizes[i]
-    strides = [n for stride in row.strides for n in stride or consecutive]
+    strides = [n for stride in row.strides for n in stride or consecutive(row.sizes)]
     return [len(row.sizes), *row.sizes, *strides]
 
 
