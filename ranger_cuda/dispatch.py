@@ -159,6 +159,7 @@ class Dispatcher:
         self._plans: list[Any] = []
         self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
         self._rows: list[Row] = []
+        self._collected = False  # and not launched yet
 
     def collect(
         self,
@@ -179,6 +180,7 @@ class Dispatcher:
                 has been changed then.
         """
         self._rows = []
+        self._collected = False
         moves = _movers(moved)
         complete = _Completion(self._rule, param_groups, state, new_state)
         if self._plans and self._collect_native(param_groups, state, moved):
@@ -210,6 +212,7 @@ class Dispatcher:
                 "host (by the CPU's kernels or the reference backend, as low-precision ones and "
                 "those that share memory are), which a replay would not do"
             )
+        self._collected = True
 
     def _moves_from_host(self) -> bool:
         return bool(self._rows) or any(plan.has_cpu_rows() for plan in self._plans)
@@ -217,6 +220,7 @@ class Dispatcher:
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
         self._rows = []
+        self._collected = False
         for plan in self._plans:
             plan.release()
 
@@ -237,7 +241,15 @@ class Dispatcher:
 
         Args:
             hypers: the hyperparameters of each group.
+        Raises:
+            RuntimeError: what was collected is gone. Nothing has been changed then.
         """
+        if not self._collected:
+            raise RuntimeError(
+                "another step of this optimizer was taken, or its state was replaced, while this "
+                "one was under way, in another thread or a hook; let one at a time"
+            )
+        self._collected = False
         signals = [
             [Signals.of(hypers, scaling, support.device(index)) for index in plan.devices()]
             for plan in self._plans
@@ -272,6 +284,7 @@ class Dispatcher:
         """Within the context parameters and slow weights, where there are any, change places."""
         has_slow = ["slow_param" in state.get(param, {}) for param, _, _ in members(param_groups)]
         self.collect(param_groups, state, new_state, has_slow)
+        self._collected = False
         plans, rows, self._rows = self._plans, self._rows, []
         # Whatever becomes of the parameters within, the memory that is swapped back is alive.
         held = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -240,17 +241,41 @@ def test_a_load_in_another_thread_leaves_a_step_under_way_its_memory():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
 
 
-def test_a_step_whose_state_is_gone_before_its_launch_is_refused():
-    param = torch.nn.Parameter(torch.ones(5))
-    param.grad = torch.ones(5)
-    optimizer = Ranger([param], backend="cpu")
+def take_a_step(optimizer):
     optimizer.step()
-    before = param.detach().clone()
-    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, None)
+
+
+def fail_a_step(optimizer):
+    optimizer._dispatcher.release()
+
+
+def load_a_state(optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def drop_the_state(optimizer):
     optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [take_a_step, fail_a_step, load_a_state, drop_the_state],
+    ids=lambda meanwhile: meanwhile.__name__,
+)
+def test_what_comes_between_a_check_and_its_launch_takes_its_place(target, meanwhile):
+    """As another thread's step may; the launch then says so, and changes nothing."""
+    param = torch.nn.Parameter(target.move(torch.ones(5)))
+    param.grad = target.move(torch.ones(5))
+    optimizer = Ranger([param], backend=target.backend)
+    optimizer.step()
+    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
+    meanwhile(optimizer)
+    before, state = param.detach().clone(), copy.deepcopy(dict(optimizer.state[param]))
     with pytest.raises(RuntimeError, match="state was replaced"):
         optimizer._dispatcher.launch([read(optimizer.param_groups[0], lookahead=True)])
     assert torch.equal(param, before)
+    for name, value in state.items():
+        assert torch.equal(optimizer.state[param][name], value)
 
 
 def test_parameters_that_share_memory_move_one_after_the_other():

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
+from ranger_cuda import Lookahead, RAdam, Ranger, support
 from ranger_cuda.backends import triton_plan, triton_tables
 from ranger_cuda.backends.python_plan import TensorRow
 from ranger_cuda.tensors import plain_grad
@@ -282,23 +282,6 @@ def test_a_second_thread_is_refused(interpreted, monkeypatch):
     assert_same(optimizer, expected, a, b, "with a second thread")
 
 
-def test_a_step_that_comes_between_takes_another_s_place_and_says_so(interpreted):
-    """Whoever collected first finds that its step has been taken, or let go of."""
-    params = with_gradients(torch.randn(4))
-    optimizer = Ranger(params, backend="triton")
-    optimizer.step()
-    (plan,) = optimizer._dispatcher._plans
-    for between in (optimizer.step, plan.release):
-        before = float(optimizer.state[params[0]]["step"])
-        handle = optimizer._dispatcher
-        assert plan.collect(optimizer.param_groups, optimizer.state)
-        between()
-        with pytest.raises(RuntimeError, match="under way"):
-            handle.launch([hyperparameters.read(optimizer.param_groups[0], lookahead=True)])
-        taken = between == optimizer.step
-        assert optimizer.state[params[0]]["step"] == before + taken
-
-
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -393,20 +376,6 @@ def test_a_load_during_a_launch_leaves_it_its_memory(either_plan, monkeypatch):
     monkeypatch.setattr(kernels, "radam_kernel", Meanwhile())
     optimizer.step()
     assert alive == [True] * 4
-
-
-def test_a_step_whose_state_is_gone_before_its_launch_is_refused(either_plan):
-    params = with_gradients(torch.randn(70))
-    optimizer = Ranger(params, backend="triton")
-    optimizer.step()
-    before = params[0].detach().clone()
-    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, None)
-    optimizer.state.clear()
-    with pytest.raises(RuntimeError, match="state was replaced"):
-        optimizer._dispatcher.launch(
-            [hyperparameters.read(optimizer.param_groups[0], lookahead=True)]
-        )
-    assert_same_bits(params[0], before, "parameter")
 
 
 class Streams:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..scaling import Signals
     from .python_plan import PythonPlan
 
-BUSY = "another step of this optimizer is under way, in another thread or a hook; let one at a time"
-
 
 class TritonPlan:
     """The rows of one optimizer that Triton's kernels move.
@@ -39,7 +37,6 @@ class TritonPlan:
         self._devices: list[torch.device] = []
         self._tables: dict[torch.device, DeviceTables] = {}
         self._made_for: tuple[int, int] | None = None  # the number of groups, and of layout changes
-        self._collected = False  # and not launched yet
         self._tried: set[Any] = set()  # what has been compiled and loaded
         self._busy = threading.Lock()
 
@@ -86,7 +83,6 @@ class TritonPlan:
     ) -> bool:
         """Whether the plan still describes this optimizer; if so, what moves now is noted."""
         with self._alone():
-            self._collected = False
             if not self._rows.collect(param_groups, optimizer_state, moved):
                 return False
             made_for = (len(param_groups), self._rows.layout_changes())
@@ -94,13 +90,15 @@ class TritonPlan:
                 self._tables.clear()
                 self._made_for = made_for
             self._prepare(groups=len(param_groups))
-            self._collected = True
             return True
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
-            raise RuntimeError(BUSY)
+            raise RuntimeError(
+                "another step of this optimizer is under way, in another thread or a hook; let one "
+                "at a time"
+            )
         try:
             yield
         finally:
@@ -151,9 +149,6 @@ class TritonPlan:
         ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
         """
         with self._alone():
-            if not self._collected:
-                raise RuntimeError(BUSY)  # it has taken the step that was collected
-            self._collected = False
             held = self._rows.hold()  # a load in another thread may let go of it meanwhile
             gradients = self._rows.gradients()
             try:
@@ -175,7 +170,6 @@ class TritonPlan:
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
         if not self._busy.locked():
-            self._collected = False
             self._rows.release()
 
     def swap(self, num_threads: int) -> None:
