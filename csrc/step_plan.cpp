@@ -159,6 +159,7 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
       throw py::value_error("state " + std::string(py::str(name)) +
                             " differs from its parameter in dtype, device or shape");
     }
+    require_state();  // all rows' so far
     set_stream(row, kStateStreams[i], tensor, key.order);
     life_->memory->push_back(part);
     used[whole.ptr()] = TensorKey(tensor);
@@ -171,8 +172,10 @@ void StepPlan::bind_state(TensorRow& row, RowKey& key, const py::dict& state,
     throw py::value_error("state " + std::string(step_name) +
                           " must be a float32 tensor where its parameter's kernels run");
   }
+  const py::object part = step.attr("detach")();
+  require_state();
   row.step = static_cast<float*>(data_of(tensor));
-  life_->memory->push_back(step.attr("detach")());
+  life_->memory->push_back(part);
   used[step.ptr()] = TensorKey(tensor);
 
   for (const auto& [name, value] : state) {
@@ -254,11 +257,17 @@ bool StepPlan::state_is_unchanged(const py::dict& optimizer_state) {
 // The same tensor objects may have been given other memory (`tensor.data = ...`, as scripts do that
 // move a whole state to another device). Describing each would double the cost of a step, so this
 // takes some rows after the other: it sees at once what was done to all. Launches from Python cost
-// so much more that all are described there.
+// so much more that all are described there, but for those that Python has to describe.
 bool StepPlan::probe_memory() {
   constexpr size_t kProbes = 32;
-  const size_t probes = is_for_python_ ? keys_.size() : std::min(kProbes, keys_.size());
-  for (size_t i = 0; i < probes; ++i) {
+  if (is_for_python_) {
+    for (const RowKey& key : keys_) {
+      for (const StateItem& item : key.state) {
+        if (item.tensor != nullptr && item.is_plain && !is_unmoved(item)) return false;
+      }
+    }
+  }
+  for (size_t i = 0; i < std::min(kProbes, keys_.size()); ++i) {
     probe_ = (probe_ + 1) % keys_.size();
     bool asked_python = false;
     for (const StateItem& item : keys_[probe_].state) {
@@ -266,12 +275,13 @@ bool StepPlan::probe_memory() {
       if (!is_unmoved(item)) return false;
       asked_python = asked_python || !item.is_plain;
     }
-    if (asked_python && !is_for_python_) break;  // that took as long as all the others
+    if (asked_python) break;  // that took as long as all the others
   }
   return true;
 }
 
 bool StepPlan::is_unmoved(const StateItem& item) const {
+  if (life_->outlived) return false;  // to describe one in Python lets other threads run
   DLTensor tensor;
   if (item.is_plain) {
     return exchange_.try_describe(item.tensor, &tensor) && item.memory.matches(tensor);
@@ -379,7 +389,6 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
 void StepPlan::launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
                       const std::vector<Signals>& signals, int num_threads) {
   const Busy busy(*this);
-  require_state();
   for (size_t i = 0; i < devices_.size(); ++i) launch_on(devices_[i], hypers, signals.at(i));
   if (has_cpu_rows_) launch_on_cpu(hypers, scaling, num_threads);  // while the devices work
   gradients_.clear();
@@ -437,7 +446,6 @@ cuda::DeviceScalar StepPlan::scalar_of(const py::object& tensor, int32_t device)
   return {data_of(described), *dtype == DType::kFloat64};
 }
 
-// Between collect() and what follows it, other threads may have run.
 void StepPlan::require_state() const {
   if (!life_->outlived) return;
   throw std::runtime_error(

@@ -70,8 +70,8 @@ class StepPlan {
     std::vector<pybind11::object> lr;  // of each group
   };
 
-  // Counts a step for the collected rows and runs the rule on them. `hypers`: one for each group.
-  // `signals`: one for each of devices().
+  // Counts a step for the collected rows and runs the rule on them; the caller has what hold()
+  // returned. `hypers`: one for each group. `signals`: one for each of devices().
   void launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
               const std::vector<Signals>& signals, int num_threads);
 
@@ -84,7 +84,9 @@ class StepPlan {
   pybind11::list gradients() const;
   // How many times a gradient had other strides than before.
   int64_t layout_changes() const { return layout_changes_; }
-  // Keeps the memory of the rows' state alive as long as it is there itself.
+
+  // Keeps the memory of the rows' state alive as long as the result is. Throws if that state has
+  // been replaced, as other threads may between collect() and what follows it.
   pybind11::object hold() const;
 
   // The parameters that move in the step that was collected, as far as they are there.
@@ -119,7 +121,7 @@ class StepPlan {
     pybind11::object name;
     PyObject* tensor;  // watched; nullptr for what the kernels do not touch
     TensorKey memory;
-    bool is_plain;  // false: a DTensor or complex, whose memory is not probed
+    bool is_plain;  // false: a DTensor or complex, described through plain()
   };
 
   // What of a row belongs to Python.

@@ -7,6 +7,7 @@ state; whatever is wrong raises here, before anything is changed. ``launch`` mov
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -152,14 +153,31 @@ class Dispatcher:
         self._rule = rule
         self._backend = backend
         self._captured: list[Any] = []  # tables that graphs read, plan or no plan
+        self._busy = threading.Lock()
         self.reset()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the length of a step: what was collected in it stays as it is until it is launched.
+
+        Raises:
+            RuntimeError: another thread, or a hook, is at it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "another step of this optimizer is under way, in another thread or a hook; let one "
+                "at a time"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def reset(self) -> None:
         """Forget the plan: the next step makes a new one."""
         self._plans: list[Any] = []
         self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
         self._rows: list[Row] = []
-        self._collected = False  # and not launched yet
 
     def collect(
         self,
@@ -180,7 +198,6 @@ class Dispatcher:
                 has been changed then.
         """
         self._rows = []
-        self._collected = False
         moves = _movers(moved)
         complete = _Completion(self._rule, param_groups, state, new_state)
         if self._plans and self._collect_native(param_groups, state, moved):
@@ -212,7 +229,6 @@ class Dispatcher:
                 "host (by the CPU's kernels or the reference backend, as low-precision ones and "
                 "those that share memory are), which a replay would not do"
             )
-        self._collected = True
 
     def _moves_from_host(self) -> bool:
         return bool(self._rows) or any(plan.has_cpu_rows() for plan in self._plans)
@@ -220,7 +236,6 @@ class Dispatcher:
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
         self._rows = []
-        self._collected = False
         for plan in self._plans:
             plan.release()
 
@@ -242,14 +257,9 @@ class Dispatcher:
         Args:
             hypers: the hyperparameters of each group.
         Raises:
-            RuntimeError: what was collected is gone. Nothing has been changed then.
+            RuntimeError: the state was replaced since then. Nothing has been changed.
         """
-        if not self._collected:
-            raise RuntimeError(
-                "another step of this optimizer was taken, or its state was replaced, while this "
-                "one was under way, in another thread or a hook; let one at a time"
-            )
-        self._collected = False
+        held = [plan.hold() for plan in self._plans]  # whatever others do to the state meanwhile
         signals = [
             [Signals.of(hypers, scaling, support.device(index)) for index in plan.devices()]
             for plan in self._plans
@@ -278,14 +288,22 @@ class Dispatcher:
             scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
             self._rule.reference(self._rows, hypers, scales)
             self._rows = []
+        del held
 
     @contextmanager
     def swapped(self, param_groups: Groups, state: State, new_state: NewState) -> Iterator[None]:
         """Within the context parameters and slow weights, where there are any, change places."""
+        with ExitStack() as undo:  # all of it, whatever fails on the way
+            with self.alone():
+                self._swap(undo, param_groups, state, new_state)
+            yield
+
+    def _swap(
+        self, undo: ExitStack, param_groups: Groups, state: State, new_state: NewState
+    ) -> None:
         has_slow = ["slow_param" in state.get(param, {}) for param, _, _ in members(param_groups)]
         self.collect(param_groups, state, new_state, has_slow)
-        self._collected = False
-        plans, rows, self._rows = self._plans, self._rows, []
+        rows, self._rows = self._rows, []
         # Whatever becomes of the parameters within, the memory that is swapped back is alive.
         held = [
             (param, plain(param), plain(state[param]["slow_param"]))
@@ -304,17 +322,15 @@ class Dispatcher:
             increment_version(plan.moved())
 
         threads = torch.get_num_threads()
-        with ExitStack() as undo:  # all of it, whatever fails on the way
-            undo.callback(copy_back)
-            for plan in plans:
-                plan.swap(threads)
-                undo.callback(moved_again, plan)
-                undo.callback(plan.swap, threads)
-                moved_again(plan)
-            undo.enter_context(
-                reference.swapped([(row.param, row.state["slow_param"]) for row in rows])
-            )
-            yield
+        undo.callback(copy_back)
+        for plan in self._plans:
+            plan.swap(threads)
+            undo.callback(moved_again, plan)
+            undo.callback(plan.swap, threads)
+            moved_again(plan)
+        undo.enter_context(
+            reference.swapped([(row.param, row.state["slow_param"]) for row in rows])
+        )
 
     def _make_plan(
         self,

@@ -177,7 +177,10 @@ class Lookahead(SlowWeights, Optimizer):
         has_slow = ["slow_param" in self.state.get(param, {}) for param in params]
         # What does not fit raises here, before the inner optimizer changes anything.
         ready = [moves and has for moves, has in zip(may_move, has_slow, strict=True)]
-        self._dispatcher.collect(self.param_groups, self.state, self._new_state, ready)
+        dispatcher = self._dispatcher
+        with dispatcher.alone():
+            dispatcher.collect(self.param_groups, self.state, self._new_state, ready)
+            dispatcher.release()
         lacking = {
             param
             for param, moves, has in zip(params, may_move, has_slow, strict=True)
@@ -211,8 +214,10 @@ class Lookahead(SlowWeights, Optimizer):
                 if moves and param in first:
                     # Not before: an empty state is how optimizers know a parameter's first step.
                     self.state[param]["slow_param"] = first[param]
-        self._dispatcher.collect(self.param_groups, self.state, self._new_state, moved)
-        self._dispatcher.launch([interpolation(group) for group in self.param_groups])
+        dispatcher = self._dispatcher  # a load in another thread makes a new one
+        with dispatcher.alone():
+            dispatcher.collect(self.param_groups, self.state, self._new_state, moved)
+            dispatcher.launch([interpolation(group) for group in self.param_groups])
 
     @staticmethod
     def _new_state(
@@ -275,7 +280,7 @@ class Lookahead(SlowWeights, Optimizer):
         for group, options in zip(self.param_groups, kept, strict=True):
             group.update({**options, **group})
         self._complete_groups()
-        self._dispatcher.reset()
+        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
         for done_hook in self._optimizer_load_state_dict_post_hooks.values():
             done_hook(self)
 

@@ -93,19 +93,24 @@ class FusedOptimizer(Optimizer):
     # recompilation as steps and learning rates change.
     @torch.compiler.disable
     def _step(self) -> None:
-        self._check_ready("step()")
+        dispatcher = self._dispatcher  # a load in another thread makes a new one
+        with dispatcher.alone():
+            self._check_ready("step()")
+            self._step_with(dispatcher)
+
+    def _step_with(self, dispatcher: Dispatcher) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not on_accelerator(found_inf) and found_inf != 0.0:
             return
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
-            self._dispatcher.collect(self.param_groups, self.state, self._new_state)
+            dispatcher.collect(self.param_groups, self.state, self._new_state)
             clips = any(hyper.max_grad_norm < math.inf for hyper in hypers)
             norm = total_norm(self.param_groups) if clips else None
             scaling = Scaling(getattr(self, "grad_scale", None), found_inf, norm)
-            self._dispatcher.launch(hypers, scaling)
+            dispatcher.launch(hypers, scaling)
         except BaseException:
-            self._dispatcher.release()
+            dispatcher.release()
             # GradScaler takes them back from a step that returns; left here, they would scale
             # the next step as well.
             self.__dict__.pop("grad_scale", None)

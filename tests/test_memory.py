@@ -241,14 +241,6 @@ def test_a_load_in_another_thread_leaves_a_step_under_way_its_memory():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
 
 
-def take_a_step(optimizer):
-    optimizer.step()
-
-
-def fail_a_step(optimizer):
-    optimizer._dispatcher.release()
-
-
 def load_a_state(optimizer):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
@@ -257,25 +249,49 @@ def drop_the_state(optimizer):
     optimizer.state.clear()
 
 
-@pytest.mark.parametrize(
-    "meanwhile",
-    [take_a_step, fail_a_step, load_a_state, drop_the_state],
-    ids=lambda meanwhile: meanwhile.__name__,
-)
-def test_what_comes_between_a_check_and_its_launch_takes_its_place(target, meanwhile):
-    """As another thread's step may; the launch then says so, and changes nothing."""
+@pytest.mark.parametrize("meanwhile", [load_a_state, drop_the_state], ids=lambda f: f.__name__)
+def test_a_step_whose_state_is_replaced_before_its_launch_is_refused(target, meanwhile):
+    """As by another thread; nothing has changed then."""
     param = torch.nn.Parameter(target.move(torch.ones(5)))
     param.grad = target.move(torch.ones(5))
     optimizer = Ranger([param], backend=target.backend)
     optimizer.step()
-    optimizer._dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
-    meanwhile(optimizer)
-    before, state = param.detach().clone(), copy.deepcopy(dict(optimizer.state[param]))
-    with pytest.raises(RuntimeError, match="state was replaced"):
-        optimizer._dispatcher.launch([read(optimizer.param_groups[0], lookahead=True)])
+    dispatcher = optimizer._dispatcher
+    with dispatcher.alone():
+        dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
+        meanwhile(optimizer)
+        before, state = param.detach().clone(), copy.deepcopy(dict(optimizer.state[param]))
+        with pytest.raises(RuntimeError, match="state was replaced"):
+            dispatcher.launch([read(optimizer.param_groups[0], lookahead=True)])
     assert torch.equal(param, before)
     for name, value in state.items():
         assert torch.equal(optimizer.state[param][name], value)
+
+
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_a_step_within_a_step_is_refused_and_the_first_goes_on(target, wrapper):
+    """Also what the reference moves beside it."""
+    tensors = [target.move(torch.ones(5)), torch.ones(5, dtype=torch.bfloat16)]
+    params = [torch.nn.Parameter(tensor) for tensor in tensors]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = Lookahead(RAdam(params), k=1) if wrapper else Ranger(params, k=1)
+    optimizer.step()
+    launched = optimizer._dispatcher.launch
+    refusals = []
+
+    def launch(*args):
+        with pytest.raises(RuntimeError, match="in another thread"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="in another thread"), optimizer.slow_weights():
+            pass
+        refusals.append(launched(*args))
+
+    optimizer._dispatcher.launch = launch
+    optimizer.step()
+    assert len(refusals) == 1
+    name = "lookahead_step" if wrapper else "step"
+    assert [optimizer.state[param][name] for param in params] == [2, 2]
 
 
 def test_parameters_that_share_memory_move_one_after_the_other():

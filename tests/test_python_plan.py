@@ -157,6 +157,11 @@ def a_state_of_another_stride_at_its_address(optimizer, params):
     value.data = value.data.t()
 
 
+def a_state_of_another_dtype_at_its_address(optimizer, params):
+    value = optimizer.state[params[0]]["exp_avg"]
+    value.data = value.data.view(torch.int32)
+
+
 def a_parameter_moves_to_another_group(optimizer, params):
     first, second = optimizer.param_groups
     second["params"].insert(0, first["params"].pop())
@@ -174,6 +179,7 @@ def a_group_more(optimizer, params):
         another_dtype,
         a_state_of_another_shape_at_its_address,
         a_state_of_another_stride_at_its_address,
+        a_state_of_another_dtype_at_its_address,
         a_parameter_moves_to_another_group,
         a_group_more,
     ],
@@ -190,6 +196,48 @@ def test_smaller_changes_are_noticed_too(extension, change):
     change(optimizer, params)
     for plan in plans:
         assert not collect(plan, optimizer)
+
+
+def complex_model():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(3)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = Ranger(params, backend="reference")
+    optimizer.step()
+    return params, optimizer
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_state_that_goes_while_a_compiled_plan_is_checked_is_not_followed(extension, call):
+    """To describe a complex tensor it calls Python, where other threads may run."""
+    _, optimizer = complex_model()
+    countdown = [0]
+
+    def plain_meanwhile(tensor):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            optimizer.state.clear()
+        return plain(tensor)
+
+    rule, api = extension.StepPlan.Rule.RADAM, Tensor.__dlpack_c_exchange_api__
+    plan = filled(extension.StepPlan(rule, api, plain_meanwhile, plain_grad), optimizer)
+    countdown[0] = call
+    collect(plan, optimizer)
+    if countdown[0] <= 0:
+        with pytest.raises(RuntimeError, match="state was replaced"):
+            plan.hold()
+    else:
+        plan.hold()  # it asked less often
+
+
+def test_state_that_goes_while_a_compiled_plan_is_filled_is_refused(extension):
+    (first, second, _), optimizer = complex_model()
+    plan, _ = both_plans(extension, optimizer)
+    more = (RANGER.streams, RANGER.step_name)
+    plan.add_row(first, 0, "first", "triton", optimizer.state[first], *more)
+    optimizer.state[first].clear()
+    with pytest.raises(RuntimeError, match="state was replaced"):
+        plan.add_row(second, 0, "second", "triton", optimizer.state[second], *more)
 
 
 def test_an_object_at_a_reused_address_is_not_taken_for_the_old_tensor():

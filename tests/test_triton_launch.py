@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, support
+from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
 from ranger_cuda.backends import triton_plan, triton_tables
 from ranger_cuda.backends.python_plan import TensorRow
 from ranger_cuda.tensors import plain_grad
@@ -340,6 +340,22 @@ def test_a_gradient_lives_as_long_as_its_step(either_plan, monkeypatch):
     assert not any(copy() for copy in copies)
     optimizer.zero_grad()
     assert [gradient() for gradient in gradients] == [None, None]
+
+
+def test_a_step_is_refused_whole_if_the_state_of_one_plan_is_gone(interpreted, monkeypatch):
+    leave_float32_to_the_cpu(monkeypatch)
+    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
+    optimizer = Ranger(params)
+    optimizer.step()
+    dispatcher = optimizer._dispatcher
+    assert len(dispatcher._plans) == 2
+    before = [param.detach().clone() for param in params]
+    dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
+    del optimizer.state[params[1]]
+    with pytest.raises(RuntimeError, match="state was replaced"):
+        dispatcher.launch([hyperparameters.read(optimizer.param_groups[0], lookahead=True)])
+    for param, value in zip(params, before, strict=True):
+        assert_same_bits(param, value, "parameter")
 
 
 def test_a_step_that_is_not_taken_lets_its_gradients_go(either_plan):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +37,6 @@ class TritonPlan:
         self._tables: dict[torch.device, DeviceTables] = {}
         self._made_for: tuple[int, int] | None = None  # the number of groups, and of layout changes
         self._tried: set[Any] = set()  # what has been compiled and loaded
-        self._busy = threading.Lock()
 
     def add_row(
         self,
@@ -82,27 +80,14 @@ class TritonPlan:
         moved: list[bool] | None = None,
     ) -> bool:
         """Whether the plan still describes this optimizer; if so, what moves now is noted."""
-        with self._alone():
-            if not self._rows.collect(param_groups, optimizer_state, moved):
-                return False
-            made_for = (len(param_groups), self._rows.layout_changes())
-            if made_for != self._made_for:
-                self._tables.clear()
-                self._made_for = made_for
-            self._prepare(groups=len(param_groups))
-            return True
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(
-                "another step of this optimizer is under way, in another thread or a hook; let one "
-                "at a time"
-            )
-        try:
-            yield
-        finally:
-            self._busy.release()
+        if not self._rows.collect(param_groups, optimizer_state, moved):
+            return False
+        made_for = (len(param_groups), self._rows.layout_changes())
+        if made_for != self._made_for:
+            self._tables.clear()
+            self._made_for = made_for
+        self._prepare(groups=len(param_groups))
+        return True
 
     def _prepare(self, groups: int) -> None:
         """Get all tables ready for a launch."""
@@ -148,20 +133,21 @@ class TritonPlan:
 
         ``unscale``, ``norm`` and ``num_threads`` are what kernels on the host go by.
         """
-        with self._alone():
-            held = self._rows.hold()  # a load in another thread may let go of it meanwhile
-            gradients = self._rows.gradients()
-            try:
-                for device, signal in zip(self._devices, signals, strict=True):
-                    tables = self._tables[device]
-                    told = [word(gradients[row]) for row in tables.order]
-                    told += signal_words(signal) + group_words(hypers, signal.lr)
-                    with on_device(device):
-                        tables.keep(self._captured)
-                        tables.launch(told)
-            finally:
-                self._rows.release()
-                del held
+        gradients = self._rows.gradients()
+        try:
+            for device, signal in zip(self._devices, signals, strict=True):
+                tables = self._tables[device]
+                told = [word(gradients[row]) for row in tables.order]
+                told += signal_words(signal) + group_words(hypers, signal.lr)
+                with on_device(device):
+                    tables.keep(self._captured)
+                    tables.launch(told)
+        finally:
+            self._rows.release()
+
+    def hold(self) -> object:
+        """Keeps the rows' state alive as long as it is there itself."""
+        return self._rows.hold()
 
     def moved(self) -> list[Tensor]:
         """The parameters that move in the step that was collected."""
@@ -169,15 +155,14 @@ class TritonPlan:
 
     def release(self) -> None:
         """Let go of the gradients of a step that is not taken."""
-        if not self._busy.locked():
-            self._rows.release()
+        self._rows.release()
 
     def swap(self, num_threads: int) -> None:
         """Parameters and slow weights change places, those of all rows, or of none if it fails.
 
         After a ``collect``; the caller holds their memory.
         """
-        with self._alone(), contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             for device in self._devices:
                 tables = self._tables[device]
                 with on_device(device):
