@@ -371,7 +371,7 @@ class Dispatcher:
             self._plans.append(self._fill(plan, found, state, backends))
 
     def _step_plan(self) -> Any:
-        """The compiled one, or what stands in for it where nothing is compiled."""
+        """The compiled one, or what stands in for it where there is no extension."""
         extension: Any = support.extension()
         if isinstance(extension, support.Obstacle):
             return PythonPlan()
