@@ -64,23 +64,6 @@ void set_stream(TensorRow& row, Stream stream, const DLTensor& tensor,
 
 }  // namespace
 
-// For the length of a call, in which other threads may run: they find the plan busy, and what they
-// take from the optimizer's state stays alive.
-struct StepPlan::Busy {
-  explicit Busy(StepPlan& plan) : plan(plan), memory(plan.life_->memory) {
-    if (plan.busy_) {
-      throw std::runtime_error(
-          "another step of this optimizer is under way, in another thread or a hook; let one at a "
-          "time");
-    }
-    plan.busy_ = true;
-  }
-  ~Busy() { plan.busy_ = false; }
-
-  StepPlan& plan;
-  std::shared_ptr<std::vector<py::object>> memory;
-};
-
 StepPlan::StepPlan(Rule rule, const py::capsule& exchange_api, py::object plain,
                    py::object plain_grad)
     : rule_(rule),
@@ -292,7 +275,7 @@ bool StepPlan::is_unmoved(const StateItem& item) const {
 
 bool StepPlan::collect(const py::list& param_groups, const py::dict& optimizer_state,
                        const py::object& moved) {
-  const Busy busy(*this);
+  const auto memory = life_->memory;  // the counts that are read are alive, whatever others do
   if (!find_active(param_groups, optimizer_state, moved)) return false;
   const py::gil_scoped_release released;
   for (cuda::DevicePlan& plan : devices_) plan.prepare(rows_);
@@ -388,7 +371,6 @@ bool StepPlan::bind_gradient(const Entry& entry, PyObject* grad) {
 
 void StepPlan::launch(const std::vector<Hyperparameters>& hypers, const Scaling& scaling,
                       const std::vector<Signals>& signals, int num_threads) {
-  const Busy busy(*this);
   for (size_t i = 0; i < devices_.size(); ++i) launch_on(devices_[i], hypers, signals.at(i));
   if (has_cpu_rows_) launch_on_cpu(hypers, scaling, num_threads);  // while the devices work
   gradients_.clear();
@@ -495,7 +477,6 @@ py::list StepPlan::moved() const {
 }
 
 void StepPlan::swap(int num_threads) {
-  const Busy busy(*this);
   for (cuda::DevicePlan& device : devices_) {
     void* const stream = exchange_.current_stream(device.device());
     const py::gil_scoped_release released;

@@ -18,7 +18,7 @@
 namespace ranger {
 
 // A step is two calls: collect() reads, checks and allocates, and changes nothing; launch() can
-// fail only where a device does.
+// fail only where a device does. Other threads may run in both; the caller lets one at a time in.
 class StepPlan {
  public:
   enum class Rule { kRadam, kLookahead };
@@ -93,17 +93,13 @@ class StepPlan {
   pybind11::list moved() const;
 
   // Lets go of the gradients of a collect() that no launch() here follows.
-  void release() {
-    if (!busy_) gradients_.clear();
-  }
+  void release() { gradients_.clear(); }
 
   // Parameters and slow weights change places, those of all rows. After a collect(); the caller
   // holds their memory.
   void swap(int num_threads);
 
  private:
-  struct Busy;
-
   enum class Kind : int8_t { kRow, kIdle, kForeign };
 
   struct Entry {
@@ -185,7 +181,6 @@ class StepPlan {
   bool is_for_python_ = false;
   std::vector<cuda::DevicePlan> devices_;
   size_t probe_ = 0;
-  bool busy_ = false;
 
   // The step under way.
   std::vector<char> active_;  // for each row

@@ -158,7 +158,7 @@ class Dispatcher:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For the length of a step: what was collected in it stays as it is until it is launched.
+        """For the length of a step, or of a swap and back: nobody else collects or launches.
 
         Raises:
             RuntimeError: another thread, or a hook, is at it.
@@ -293,9 +293,8 @@ class Dispatcher:
     @contextmanager
     def swapped(self, param_groups: Groups, state: State, new_state: NewState) -> Iterator[None]:
         """Within the context parameters and slow weights, where there are any, change places."""
-        with ExitStack() as undo:  # all of it, whatever fails on the way
-            with self.alone():
-                self._swap(undo, param_groups, state, new_state)
+        with self.alone(), ExitStack() as undo:  # all of it is undone, whatever fails on the way
+            self._swap(undo, param_groups, state, new_state)
             yield
 
     def _swap(
@@ -363,12 +362,13 @@ class Dispatcher:
             if backend == "reference":
                 self._foreign.append((position, member))
         complete.commit()
-        used = set(backends.values())
-        if used & {"cpu", "cuda"}:
-            self._plans.append(self._fill(self._step_plan(), found, state, backends))
-        if "triton" in used:
-            plan = TritonPlan(self._rule.name, self._step_plan(), self._captured)
-            self._plans.append(self._fill(plan, found, state, backends))
+        if {"cpu", "cuda"} & set(backends.values()):
+            self._plans.append(self._fill(("cpu", "cuda"), found, state, backends))
+        its = [param for param, backend in backends.items() if backend == "triton"]
+        if its:
+            rows = self._fill(("triton",), found, state, backends)
+            devices = [local(param).device for param in its]
+            self._plans.append(TritonPlan(self._rule.name, rows, devices, self._captured))
 
     def _step_plan(self) -> Any:
         """The compiled one, or what stands in for it where there is no extension."""
@@ -383,9 +383,10 @@ class Dispatcher:
         )
 
     def _fill(
-        self, plan: Any, found: list[Member], state: State, backends: dict[Tensor, str]
+        self, its: tuple[str, ...], found: list[Member], state: State, backends: dict[Tensor, str]
     ) -> Any:
-        its = ("triton",) if isinstance(plan, TritonPlan) else ("cpu", "cuda")
+        """A plan of what the backends ``its`` move; its rows are in the order of ``backends``."""
+        plan = self._step_plan()
         planned: set[Tensor] = set()
         for param, group, name in found:
             if param not in backends:

@@ -93,9 +93,9 @@ class FusedOptimizer(Optimizer):
     # recompilation as steps and learning rates change.
     @torch.compiler.disable
     def _step(self) -> None:
+        self._check_ready("step()")
         dispatcher = self._dispatcher  # a load in another thread makes a new one
         with dispatcher.alone():
-            self._check_ready("step()")
             self._step_with(dispatcher)
 
     def _step_with(self, dispatcher: Dispatcher) -> None:

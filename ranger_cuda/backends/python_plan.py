@@ -63,8 +63,9 @@ class PythonPlan:
         step_name: str,
     ) -> None:
         """A parameter that this plan's kernels move."""
+        parts = [None if key is None else state[key] for key in streams]
         position = len(self._params)
-        self._rows.append(_Row(param, position, group, name, state, streams, step_name))
+        self._rows.append(_Row(param, parts, state[step_name], position, group, name))
         self._names.append([key for key in (*streams, step_name) if key is not None])
         self._states.append(state)
         self.add_foreign(param, group)
@@ -212,15 +213,14 @@ class _Row:
     def __init__(
         self,
         param: Tensor,
+        state: Sequence[Tensor | None],
+        step: Tensor,
         position: int,
         group: int,
         name: str,
-        state: dict[str, Any],
-        streams: Sequence[str | None],
-        step_name: str,
     ) -> None:
         real = plain(param)
-        parts = [None if key is None else plain(state[key]) for key in streams]
+        streams = (real, None, *(None if part is None else plain(part) for part in state))
         self.position = position  # among all parameters
         self.group = group
         self.name = name
@@ -231,11 +231,9 @@ class _Row:
         dims = [dim for dim in range(real.dim()) if real.shape[dim] != 1]
         self.order = sorted(dims, key=lambda dim: -real.stride()[dim])
         self.sizes = [real.shape[dim] for dim in self.order]
-        self.data = [0 if part is None else part.data_ptr() for part in (real, None, *parts)]
-        self.strides = [
-            [] if part is None else self.in_order(part.stride()) for part in (real, None, *parts)
-        ]
-        self.step = plain(state[step_name]).data_ptr()
+        self.data = [0 if part is None else part.data_ptr() for part in streams]
+        self.strides = [[] if part is None else self.in_order(part.stride()) for part in streams]
+        self.step = plain(step).data_ptr()
         self.gradient_stride: tuple[int, ...] = ()  # as its tensor had it last
         self.gradient = 0
 

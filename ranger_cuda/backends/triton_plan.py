@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..tensors import is_capturing, local
+from ..tensors import is_capturing
 from .python_plan import TensorRow
 from .triton_tables import DeviceTables, Launch, group_words, on_device, signal_words, word
 
@@ -24,46 +24,26 @@ class TritonPlan:
 
     Args:
         rule: "RADAM" or "LOOKAHEAD", as of ``_C.StepPlan.Rule``.
-        rows: finds the rows and their gradients: an empty ``_C.StepPlan``, or a ``PythonPlan``.
+        rows: finds the rows and their gradients: a filled ``_C.StepPlan`` or ``PythonPlan``.
+        device_of: the device of each row.
         captured: where tables go that a captured graph reads, to live as long as the list does.
     """
 
-    def __init__(self, rule: str, rows: PythonPlan, captured: list[DeviceTables]) -> None:
+    def __init__(
+        self,
+        rule: str,
+        rows: PythonPlan,
+        device_of: list[torch.device],
+        captured: list[DeviceTables],
+    ) -> None:
         self._rule = rule
         self._rows = rows
         self._captured = captured
-        self._device_of: list[torch.device] = []  # of each row
-        self._devices: list[torch.device] = []
+        self._device_of = device_of
+        self._devices = list(dict.fromkeys(device_of))
         self._tables: dict[torch.device, DeviceTables] = {}
         self._made_for: tuple[int, int] | None = None  # the number of groups, and of layout changes
         self._tried: set[Any] = set()  # what has been compiled and loaded
-
-    def add_row(
-        self,
-        param: Tensor,
-        group: int,
-        name: str,
-        backend: str,
-        state: dict[str, Any],
-        streams: Sequence[str | None],
-        step_name: str,
-    ) -> None:
-        """A parameter that this plan moves; as ``_C.StepPlan.add_row``."""
-        self._device_of.append(local(param).device)
-        self._rows.add_row(param, group, name, backend, state, streams, step_name)
-
-    def add_idle(self, param: Tensor, group: int) -> None:
-        """A parameter without state: the plan holds as long as it has no gradient."""
-        self._rows.add_idle(param, group)
-
-    def add_foreign(self, param: Tensor, group: int) -> None:
-        """A parameter that is none of this plan's business."""
-        self._rows.add_foreign(param, group)
-
-    def finish(self, optimizer_state: dict[Tensor, Any]) -> None:
-        """All parameters have been added."""
-        self._rows.finish(optimizer_state)
-        self._devices = list(dict.fromkeys(self._device_of))
 
     def devices(self) -> list[torch.device]:
         """Those of the rows."""
