@@ -50,8 +50,6 @@ class Target(NamedTuple):
         return moved.conj() if conjugate else moved
 
 
-# And "uncompiled": as "interpreted", with what stands in for the extension. Slow, so only where its
-# plan matters.
 NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "triton")
 
 
@@ -91,7 +89,7 @@ def fresh_kernels() -> ModuleType:
     return module
 
 
-def plan_for_triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+def triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
     """Let backend="triton" launch ``kernels`` for parameters on the CPU."""
     triton = support.BACKENDS["triton"]._replace(devices=("cpu",))
     patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
@@ -115,11 +113,8 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(name, torch.device("cuda"))
-    if name in ("interpreted", "uncompiled"):
-        if name == "uncompiled":
-            nothing = support.Obstacle("nothing was compiled", "compile it")
-            patch.setattr(support, "extension", lambda: nothing)
-        plan_for_triton_on_the_cpu(patch, interpreted_kernels())
+    if name == "interpreted":
+        triton_on_the_cpu(patch, interpreted_kernels())
         patch.setattr(triton_tables, "CHUNK", 64)
         patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
@@ -130,5 +125,4 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
     patch.setitem(support.BACKENDS, "cuda", cuda)
     patch.setattr(support, "extension", lambda: module)
     patch.setattr(support, "_cuda_obstacle", lambda extension: None)
-    patch.setattr(support, "device", lambda index: torch.device("cpu"))
     return Target("cuda", torch.device("cpu"), small=True)
