@@ -50,7 +50,7 @@ class TritonLauncher:
         if made_for != self._made_for:
             if capturing:
                 raise RuntimeError(
-                    "what a graph is to do cannot be made ready in its capture: take a step before "
+                    "what a graph is to do cannot be made ready in a capture: take a step before "
                     "it, with gradients laid out as in the capture, and swap slow weights outside"
                 )
             rows = [TensorRow(*row) for row in roster.rows(self._index)]
