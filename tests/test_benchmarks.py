@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -20,6 +25,45 @@ def module(monkeypatch):
     """Imports a module as a benchmark imports it."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return lambda name: __import__(name)
+
+
+# --- on_gpu.py -----------------------------------------------------------------------------------
+
+
+def test_each_of_the_three_calls_takes_less_than_nine_minutes(module):
+    on_gpu = module("on_gpu")
+    call = re.compile(r"on_gpu\.py --only (environment .*)")
+    calls = call.findall(on_gpu.__doc__)
+    assert len(calls) == 3
+    assert calls == call.findall((BENCHMARKS / "README.md").read_text())
+    stages = [set(call.split(" --")[0].split()) for call in calls]
+    assert set.union(*stages) == set(on_gpu.LIMITS)
+    for chosen in stages:
+        assert chosen <= set(on_gpu.LIMITS)
+        limits = [
+            max([on_gpu.LIMITS[s] for s in chosen & {n.split("-")[0] for n in group}], default=0)
+            for group in on_gpu.STAGES
+        ]
+        assert sum(limits) < 540
+
+
+def test_a_terminated_run_leaves_what_it_found_so_far(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "on_gpu.py"), "--out", str(tmp_path)]
+    command += ["--only", "environment", "tests", "--pytest=--collect-only"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("environment")
+        time.sleep(1)  # the first test files are being collected
+        process.send_signal(signal.SIGTERM)
+        begun = time.monotonic()
+        process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 128 + signal.SIGTERM
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "logs.tar.gz"}
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert stages["environment"]["versions"]["torch"] == torch.__version__
+    assert "stopped by signal 15" in stages["tests"]["why"]
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        assert "logs/test_checkpoints.log" in archive.getnames()
 
 
 # --- the tests on a GPU machine ------------------------------------------------------------------
