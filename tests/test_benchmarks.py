@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,36 @@ def test_what_is_marked_gpu_runs_on_a_gpu():
     assert any("test_parity" in name for name in names)
     for name in names:
         assert not re.search(r"\[.*(emulated|interpreted|cpu-\d)", name)
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def test_new_gradients_are_new_at_every_step_and_kept_ones_never(module):
+    step_time = module("step_time")
+    shared = [torch.randn(3)]
+    params = [torch.nn.Parameter(torch.randn(3))]
+    step_time.give(params, shared)
+    seen = []
+    runner = step_time.Ready(lambda: seen.append(params[0].grad), params)
+    step_time.sample(runner)
+    assert all(gradient is shared[0] for gradient in seen)
+    seen.clear()
+    step_time.sample(runner, shared)
+    assert len(set(map(id, [*seen, *shared]))) == 2 * step_time.CYCLE + 1
+    assert all(torch.equal(gradient, shared[0]) for gradient in seen)
+    assert params[0].grad is shared[0]
+
+
+def test_both_kinds_of_gradients_have_ratios_to_fused_adamw(module, monkeypatch):
+    step_time = module("step_time")
+    monkeypatch.setitem(step_time.WORKLOADS, "1000 x 1", [(1,)] * 3)
+    args = Namespace(skip=PEERS, rounds=3)
+    rows = step_time.measure("1000 x 1", torch.device("cpu"), args)
+    for row in rows.values():
+        assert {"ms", "ms_quartiles", "ratio", "of_adamw"} == row["fresh"].keys() <= row.keys()
+    for kind in (rows[step_time.ADAMW], rows[step_time.ADAMW]["fresh"]):
+        assert kind["of_adamw"] == 1
+    for kind in (rows["ranger"], rows["ranger"]["fresh"]):
+        assert kind["ratio"] == 1
+    assert "new gradients" in step_time.as_table("1000 x 1", rows)
