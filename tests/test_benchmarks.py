@@ -129,3 +129,53 @@ def test_both_kinds_of_gradients_have_ratios_to_fused_adamw(module, monkeypatch)
     for kind in (rows["ranger"], rows["ranger"]["fresh"]):
         assert kind["ratio"] == 1
     assert "new gradients" in step_time.as_table("1000 x 1", rows)
+
+
+def test_on_a_gpu_what_matters_most_is_measured_on_all_workloads_first(module):
+    contestants = module("contestants").contestants_on(torch.device("cuda"))
+    first = {c.name for c in contestants if c.turn == 0}
+    assert first == {
+        "ranger",
+        "radam",
+        "ranger triton",
+        "torch AdamW fused",
+        "optimi Ranger",
+        "flashoptim AdamW float32",
+        "flashoptim AdamW 8-bit",
+    }
+    assert max(contestants, key=lambda c: c.turn).compiled
+
+
+def test_a_later_turn_is_compared_with_what_is_measured_beside_it(module, monkeypatch, tmp_path):
+    gpu_step_time = module("gpu_step_time")
+    workloads = ["1000 x 1", "1000 x 1024"]
+    for name in workloads:
+        monkeypatch.setitem(gpu_step_time.WORKLOADS, name, [(2,)] * 3)
+    out = tmp_path / "result.json"
+    command = ["gpu_step_time.py", "--device", "cpu", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--workloads", *workloads, "--skip", *PEERS])
+    order = []
+    measure = gpu_step_time.measure
+    monkeypatch.setattr(
+        gpu_step_time, "measure", lambda *a: (order.append((a[0], a[-1])), measure(*a))
+    )
+    assert gpu_step_time.main() == 0
+    assert order == [(name, turn) for turn in (0, 1) for name in workloads]
+    for found in json.loads(out.read_text())["workloads"].values():
+        rows = found["rows"]
+        late = {"torch AdamW foreach", "torch RAdam foreach"}
+        assert {who for who, row in rows.items() if row["turn"] == 1} == late
+        assert found["again"]["1"].keys() == {"ranger", "torch AdamW fused"}
+        for row in [*rows.values(), *found["again"]["1"].values()]:
+            assert {"ms", "host_ms", "ratio", "of_adamw"} <= row["fresh"].keys() <= row.keys()
+
+
+def test_a_run_out_of_time_says_so(module, monkeypatch, tmp_path):
+    gpu_step_time = module("gpu_step_time")
+    out = tmp_path / "result.json"
+    command = ["gpu_step_time.py", "--device", "cpu", "--limit", "-1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--workloads", "1000 x 1"])
+    assert gpu_step_time.main() == 0
+    assert json.loads(out.read_text())["workloads"] == {
+        "1000 x 1": {"missing": gpu_step_time.NO_TIME}
+    }
