@@ -1,15 +1,39 @@
-"""Property-based tests: no deadlines, for busy machines; the same examples every time in CI."""
+"""Property-based tests: no deadlines, for busy machines; the same examples every time in CI.
+
+``-m gpu`` selects the tests that run on a GPU."""
 
 import os
+import sys
+import unittest
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import settings
 
+try:
+    import expecttest  # noqa: F401
+except ImportError:  # torch.testing._internal imports it, for a base class that nothing here uses
+    sys.modules["expecttest"] = ModuleType("expecttest")
+    sys.modules["expecttest"].TestCase = unittest.TestCase
+
 from targets import NAMES, open_target
 
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a GPU, and is skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        places = [given.get(name) for name in ("target", "device_target", "backend")]
+        skips = [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]
+        if "no CUDA device" in skips or {"cuda", "triton"} & {*places}:
+            item.add_marker("gpu")
 
 
 @pytest.fixture(params=["emulated", "cuda", "interpreted", "triton"])
