@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 from .dispatch import Dispatcher
@@ -42,7 +42,7 @@ class SlowWeights:
             )
 
 
-class _Evaluation(AbstractContextManager[None]):
+class _Evaluation(ContextDecorator, AbstractContextManager[None]):
     """Both of its ends run whole, whatever interrupts."""
 
     def __init__(self, optimizer: SlowWeights) -> None:
@@ -50,6 +50,9 @@ class _Evaluation(AbstractContextManager[None]):
         self._lock: Any = None
         self._swap: AbstractContextManager[None] | None = None
         self._has_ended = False
+
+    def _recreate_cm(self) -> _Evaluation:
+        return _Evaluation(self._optimizer)  # for each call of a function that it decorates
 
     def __enter__(self) -> None:
         leave = self._leave()
