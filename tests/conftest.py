@@ -17,6 +17,7 @@ except ImportError:  # torch.testing._internal imports it, for a base class that
     sys.modules["expecttest"] = ModuleType("expecttest")
     sys.modules["expecttest"].TestCase = unittest.TestCase
 
+from expendable import Expendable
 from targets import NAMES, open_target
 
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
@@ -55,3 +56,19 @@ def target(request, monkeypatch):
     torch.set_num_threads(1 if request.param == "cpu-1-thread" else 2)
     yield open_target(request.param, monkeypatch)
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A process for each place where kernels run: one that may die of a test."""
+    started = {name: Expendable(name) for name in NAMES}
+    yield started
+    for process in started.values():
+        process.stop()
+
+
+@pytest.fixture(params=NAMES)
+def elsewhere(request, processes, monkeypatch):
+    """Each of them."""
+    open_target(request.param, monkeypatch)  # or the test is skipped
+    return processes[request.param]
