@@ -58,10 +58,7 @@ Hyperparameters to_hyperparameters(const py::tuple& fields) {
           fields[kMaximize].cast<bool>()};
 }
 
-std::vector<Hyperparameters> to_groups(const py::sequence& groups, const Roster& roster) {
-  if (static_cast<int64_t>(groups.size()) != roster.group_count()) {
-    throw py::value_error("there must be hyperparameters for each group");
-  }
+std::vector<Hyperparameters> to_groups(const py::sequence& groups) {
   std::vector<Hyperparameters> hypers;
   for (py::handle group : groups) hypers.push_back(to_hyperparameters(group.cast<py::tuple>()));
   return hypers;
@@ -80,16 +77,15 @@ cuda::DeviceScalar to_scalar(const py::object& tensor, const TensorExchange& exc
 }
 
 // The fields of ranger_cuda.scaling.Signals.
-cuda::Signals to_signals(const py::tuple& fields, const Roster& roster, int32_t device) {
+cuda::Signals to_signals(const py::tuple& fields, size_t groups, const TensorExchange& exchange,
+                         int32_t device) {
   if (fields.size() != 4) throw py::value_error("signals are four");
-  const auto scalar = [&](const py::object& tensor) {
-    return to_scalar(tensor, roster.exchange(), device);
-  };
+  const auto scalar = [&](const py::object& tensor) { return to_scalar(tensor, exchange, device); };
   cuda::Signals signals = {scalar(fields[0]), scalar(fields[1]), scalar(fields[2]), {}};
   for (py::handle lr : fields[3].cast<py::sequence>()) {
     signals.lr.push_back(scalar(py::reinterpret_borrow<py::object>(lr)));
   }
-  if (static_cast<int64_t>(signals.lr.size()) != roster.group_count()) {
+  if (signals.lr.size() != groups) {
     throw py::value_error("there must be a learning rate, or None, for each group");
   }
   return signals;
@@ -116,28 +112,30 @@ class Bound {
   void prepare(Roster& roster) {
     const Roster::Use use(roster);
     const InUse in_use(in_use_);
-    for (const TensorRow& row : roster.rows().rows) {
-      if (row.launcher == index_ && row.device_type != device_type_) {
-        throw py::value_error("rows of this launcher are on another device");
-      }
-    }
-    const py::gil_scoped_release released;
-    launcher_.prepare(roster.rows());
+    prepare_rows(roster);
   }
 
-  // Calls `run(launcher)` for a step.
+  // Calls `run(launcher)` for a step of so many groups.
   template <class Run>
-  void launch(Roster& roster, const Run& run) {
+  void launch(Roster& roster, size_t groups, const Run& run) {
     const Roster::Use use(roster);
     const InUse in_use(in_use_);
-    require_prepared(roster);
-    for (const TensorRow& row : roster.rows().rows) {
-      if (row.active && row.launcher == index_ && !is_complete(row)) {
-        throw py::value_error("a row lacks a tensor that this launcher's rule needs");
-      }
-    }
-    const py::gil_scoped_release released;
-    run(launcher_);
+    launch_rows(roster, groups, run);
+  }
+
+  // All of a step whose rows are all this launcher's, without another thread in between; nothing of
+  // it if collect() leaves any.
+  template <class Run>
+  py::list step(Roster& roster, const py::sequence& param_groups, const py::dict& state,
+                const py::object& moved, size_t groups, const Run& run) {
+    const InUse in_use(in_use_);
+    const py::list rest = roster.collect(param_groups, state, moved, false);
+    if (!rest.empty()) return rest;
+    const Roster::Use use(roster);
+    prepare_rows(roster);
+    if (is_large(roster)) roster.hold_memory();  // others may run while it works
+    launch_rows(roster, groups, run);
+    return rest;
   }
 
   // Calls `run(launcher)` for a swap.
@@ -167,6 +165,47 @@ class Bound {
     ~InUse() { flag = false; }
     bool& flag;
   };
+
+  void prepare_rows(const Roster& roster) {
+    for (const TensorRow& row : roster.rows().rows) {
+      if (row.launcher == index_ && row.device_type != device_type_) {
+        throw py::value_error("rows of this launcher are on another device");
+      }
+    }
+    launcher_.prepare(roster.rows());
+  }
+
+  template <class Run>
+  void launch_rows(const Roster& roster, size_t groups, const Run& run) {
+    require_prepared(roster);
+    if (static_cast<size_t>(roster.group_count()) != groups) {
+      throw py::value_error("there must be hyperparameters for each group");
+    }
+    for (const TensorRow& row : roster.rows().rows) {
+      if (row.active && row.launcher == index_ && !is_complete(row)) {
+        throw py::value_error("a row lacks a tensor that this launcher's rule needs");
+      }
+    }
+    if (!roster.holds_memory()) {
+      run(launcher_);
+      return;
+    }
+    const py::gil_scoped_release released;
+    run(launcher_);
+  }
+
+  // Whether letting other threads run is worth what holding the memory costs, about a microsecond a
+  // tensor.
+  static bool is_large(const Roster& roster) {
+    constexpr int64_t kElements = 65536;  // of a row, on average
+    int64_t elements = 0;
+    int64_t count = 0;
+    for (const TensorRow& row : roster.rows().rows) {
+      elements += row.active ? row.numel : 0;
+      count += row.active;
+    }
+    return elements > kElements * count;
+  }
 
   void require_prepared(const Roster& roster) const {
     if (!roster.is_collected() || launcher_.prepared_version() != roster.rows().version) {
@@ -200,13 +239,34 @@ void require_threads(int num_threads) {
   }
 }
 
+// What the CPU's launcher is told of a step.
+struct CpuStep {
+  CpuStep(const py::sequence& hypers, double unscale, double norm, int num_threads)
+      : groups(to_groups(hypers)), signals{unscale, norm}, num_threads(num_threads) {
+    require_threads(num_threads);
+  }
+
+  std::vector<Hyperparameters> groups;
+  cpu::Signals signals;
+  int num_threads;
+};
+
 void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& hypers,
                    double unscale, double norm, int num_threads) {
-  require_threads(num_threads);
-  const std::vector<Hyperparameters> groups = to_groups(hypers, roster);
-  launcher.launch(roster, [&](cpu::Launcher& its) {
-    its.launch(roster.rows(), groups, {unscale, norm}, num_threads);
+  const CpuStep told(hypers, unscale, norm, num_threads);
+  launcher.launch(roster, told.groups.size(), [&](cpu::Launcher& its) {
+    its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
   });
+}
+
+py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& param_groups,
+                     const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                     double unscale, double norm, int num_threads) {
+  const CpuStep told(hypers, unscale, norm, num_threads);
+  return launcher.step(
+      roster, param_groups, state, moved, told.groups.size(), [&](cpu::Launcher& its) {
+        its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+      });
 }
 
 void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
@@ -214,15 +274,35 @@ void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
   launcher.swap(roster, [&](cpu::Launcher& its) { its.swap(roster.rows(), num_threads); });
 }
 
+// What a CUDA device's launcher is told of a step.
+struct CudaStep {
+  CudaStep(const py::sequence& hypers, const py::tuple& fields, const Roster& roster,
+           int32_t device)
+      : groups(to_groups(hypers)),
+        signals(to_signals(fields, groups.size(), roster.exchange(), device)),
+        stream(roster.exchange().current_stream(device)) {}
+
+  std::vector<Hyperparameters> groups;
+  cuda::Signals signals;
+  void* stream;
+};
+
 void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& hypers,
                     const py::tuple& signals) {
-  const int32_t device = launcher.launcher().device();
-  const std::vector<Hyperparameters> groups = to_groups(hypers, roster);
-  const cuda::Signals read = to_signals(signals, roster, device);
-  void* const stream = roster.exchange().current_stream(device);
-  launcher.launch(roster, [&](cuda::Launcher& its) {
-    its.launch(roster.rows(), groups, read, stream);
+  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
+  launcher.launch(roster, told.groups.size(), [&](cuda::Launcher& its) {
+    its.launch(roster.rows(), told.groups, told.signals, told.stream);
   });
+}
+
+py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& param_groups,
+                      const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                      const py::tuple& signals) {
+  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
+  return launcher.step(
+      roster, param_groups, state, moved, told.groups.size(), [&](cuda::Launcher& its) {
+        its.launch(roster.rows(), told.groups, told.signals, told.stream);
+      });
 }
 
 void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
@@ -352,7 +432,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("plain"), py::arg("plain_grad"))
       .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
-           py::arg("moved") = py::none())
+           py::arg("moved") = py::none(), py::arg("hold") = false)
       .def("pair", &Roster::pair, py::arg("params"), py::arg("slow_params"))
       .def("release", &Roster::release)
       .def("moved", &Roster::moved)
@@ -369,6 +449,9 @@ PYBIND11_MODULE(_C, module) {
       .def("prepare", &CpuLauncher::prepare, py::arg("roster"))
       .def("launch", &launch_on_cpu, py::arg("roster"), py::arg("hypers"), py::arg("unscale"),
            py::arg("norm"), py::arg("num_threads"))
+      .def("step", &step_on_cpu, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
+           py::arg("moved"), py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
+           py::arg("num_threads"))
       .def("swap", &swap_on_cpu, py::arg("roster"), py::arg("num_threads"));
 
   py::class_<CudaLauncher>(module, "CudaLauncher", py::module_local())
@@ -379,6 +462,8 @@ PYBIND11_MODULE(_C, module) {
            py::arg("rule"), py::arg("index"), py::arg("device"))
       .def("prepare", &CudaLauncher::prepare, py::arg("roster"))
       .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"))
+      .def("step", &step_on_cuda, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
+           py::arg("moved"), py::arg("hypers"), py::arg("signals"))
       .def("swap", &swap_on_cuda, py::arg("roster"));
 
   module.def("insist", &insist, py::arg("function"), py::arg("is_done"),

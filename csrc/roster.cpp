@@ -19,6 +19,8 @@ constexpr float kMostSteps = 16777216.0f;
 // Rows ahead of the one that is described whose objects are fetched into the cache.
 constexpr size_t kAhead = 6;
 
+constexpr int kMostPasses = 10;
+
 // Borrowed names, made once and never freed.
 PyObject* interned(const char* name) {
   PyObject* string = PyUnicode_InternFromString(name);
@@ -55,10 +57,11 @@ py::object as_array(PyObject* object, const char* what) {
   return py::reinterpret_steal<py::object>(checked(array));
 }
 
-// The getter behind `tensor.grad`, for types that do not replace it: half the time of a look-up.
-PyGetSetDescrObject* gradient_getter() {
-  static PyObject* const descriptor =
-      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr("grad"))
+// The getter behind an attribute of tensors, for types that do not replace it: half the time of a
+// look-up.
+PyGetSetDescrObject* getter_of(const char* attribute) {
+  PyObject* const descriptor =
+      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr(attribute))
           .release()
           .ptr();
   return Py_TYPE(descriptor) == &PyGetSetDescr_Type
@@ -182,24 +185,47 @@ int32_t Roster::launcher_of(const DLTensor& tensor) const {
 }
 
 py::list Roster::collect(const py::sequence& param_groups, const py::dict& state,
-                         const py::object& moved) {
+                         const py::object& moved, bool hold) {
   release();
   const Use use(*this);
   enlist(param_groups);
   find_movers(moved);
-  find_state(state);  // from here on all is alive that the step reads
+  find_state(state);
   py::list rest;
-  for (size_t i = 0; i < movers_.size(); ++i) {
-    if (i + kAhead < movers_.size()) {
-      for (PyObject* item : movers_[i + kAhead].items) __builtin_prefetch(item);
+  // Once more if Python had to help, so that in the end no other thread has run in between.
+  for (int pass = 0; pass == 0 || python_ran_; ++pass) {
+    if (pass == kMostPasses) throw std::runtime_error("tensors change while a step looks at them");
+    python_ran_ = false;
+    rest = py::list();
+    for (size_t i = 0; i < movers_.size(); ++i) {
+      if (i + kAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kAhead].items) __builtin_prefetch(item);
+      }
+      const Outcome outcome = describe(movers_[i]);
+      if (outcome == Outcome::kRow) continue;
+      rows_.rows[movers_[i].position].active = false;
+      rest.append(py::make_tuple(movers_[i].position, outcome == Outcome::kSharesMemory));
     }
-    const Outcome outcome = describe(movers_[i]);
-    if (outcome == Outcome::kRow) continue;
-    rest.append(py::make_tuple(movers_[i].position, outcome == Outcome::kSharesMemory));
   }
   settle_shared_memory(rest);
+  if (hold) hold_memory();
   is_collected_ = true;
   return rest;
+}
+
+void Roster::hold_memory() {
+  static PyGetSetDescrObject* const alias = getter_of("data");
+  static PyObject* const kName = interned("data");
+  for (const Mover& mover : movers_) {
+    if (!rows_.rows[mover.position].active) continue;
+    for (PyObject* item : mover.items) {
+      if (item == nullptr) continue;
+      held_.keep_new(checked(alias != nullptr && is_plain_type(item)
+                                 ? alias->d_getset->get(item, alias->d_getset->closure)
+                                 : PyObject_GetAttr(item, kName)));
+    }
+  }
+  holds_memory_ = true;
 }
 
 void Roster::release() {
@@ -207,6 +233,7 @@ void Roster::release() {
   for (const Mover& mover : movers_) rows_.rows[mover.position].active = false;
   movers_.clear();
   is_collected_ = false;
+  holds_memory_ = false;
   held_.release();
 }
 
@@ -253,7 +280,7 @@ void Roster::find_movers(const py::object& moved) {
   for (size_t position = 0; position < members_.size(); ++position) {
     const Member member = members_[position];
     if (member.again) continue;
-    Mover mover = {static_cast<int32_t>(position), {}};
+    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}};
     mover.items[kParam] = member.param;
     if (!reads_gradients_) {
       const auto index = static_cast<Py_ssize_t>(position);
@@ -272,7 +299,7 @@ void Roster::find_movers(const py::object& moved) {
 
 PyObject* Roster::gradient_of(PyObject* param) {
   static PyObject* const kName = interned("grad");
-  static PyGetSetDescrObject* const getter = gradient_getter();
+  static PyGetSetDescrObject* const getter = getter_of("grad");
   const bool usual = is_plain_type(param) ||
                      reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
   PyObject* const gradient = checked(usual && getter != nullptr
@@ -342,13 +369,15 @@ bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
   return same_device(param, tensor) && same_dtype(param, tensor) && same_sizes(param, tensor);
 }
 
-// What stands for an item that DLPack does not describe as the kernels need it: a real tensor of its
-// memory, or a copy of a gradient. It is Python's, so that other threads may run.
-bool Roster::resolve(const Mover& mover, int item, PyObject** object) {
+// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of its
+// memory, or a copy of a gradient. That is Python's, and lets other threads run.
+bool Roster::resolve(Mover& mover, int item) {
+  python_ran_ = true;
+  mover.is_resolved[item] = true;
   try {
     const py::object found =
-        item == kGrad ? plain_grad_(py::handle(mover.items[kParam])) : plain_(py::handle(*object));
-    *object = held_.keep(found.ptr());
+        item == kGrad ? plain_grad_(py::handle(mover.param)) : plain_(py::handle(mover.items[item]));
+    mover.items[item] = held_.keep(found.ptr());
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;
     return false;  // the checks in Python say what is wrong
@@ -356,33 +385,33 @@ bool Roster::resolve(const Mover& mover, int item, PyObject** object) {
   return true;
 }
 
-// Descriptions of all items, with no code of Python's between the first of them and their use.
-bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) {
+// In place of DTensors their shards, but for those still on their way. A gradient's may be laid out
+// otherwise than its parameter's.
+void Roster::find_shards(Mover& mover) {
   static PyObject* const kLocal = interned("_local_tensor");
-  std::array<PyObject*, kItems> objects = mover.items;
-  std::array<bool, kItems> is_resolved = {};
   for (int item = 0; item < kItems; ++item) {
-    // A DTensor's shard, unless it is still on its way; a gradient may be laid out otherwise.
-    if (objects[item] == nullptr || item == kGrad ||
-        reinterpret_cast<PyObject*>(Py_TYPE(objects[item])) != dtensor_.ptr()) {
-      continue;
-    }
-    PyObject* const shard = PyObject_GetAttr(objects[item], kLocal);
+    PyObject* const whole = mover.items[item];
+    if (whole == nullptr || item == kGrad || is_plain_type(whole)) continue;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(whole)) != dtensor_.ptr()) continue;
+    PyObject* const shard = PyObject_GetAttr(whole, kLocal);
     if (shard == nullptr) {
       PyErr_Clear();
       continue;
     }
     held_.keep_new(shard);
-    if (is_plain_type(shard)) objects[item] = shard;
+    if (is_plain_type(shard)) mover.items[item] = shard;
   }
+}
+
+bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) {
+  find_shards(mover);
   for (int item = 0; item < kItems; ++item) {
-    if (objects[item] == nullptr) continue;
+    if (mover.items[item] == nullptr) continue;
     const void* const address = item == kStep ? last.step : last.data[item];
-    const bool seen = look(objects[item], address, &found[item]) &&
+    const bool seen = look(mover.items[item], address, &found[item]) &&
                       (item != kGrad || fits(found[kParam], found[kGrad]));
     if (seen) continue;
-    if (is_resolved[item] || !resolve(mover, item, &objects[item])) return false;
-    is_resolved[item] = true;
+    if (mover.is_resolved[item] || !resolve(mover, item)) return false;
     item = -1;  // from the start
   }
   return true;
@@ -554,8 +583,9 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
   rows_.rows.assign(params.size(), TensorRow());
   ++rows_.version;
   for (size_t i = 0; i < params.size(); ++i) {
-    Mover mover = {static_cast<int32_t>(i), {}};
-    mover.items[kParam] = held_.keep_new(py::object(params[i]).release().ptr());
+    Mover mover = {static_cast<int32_t>(i), nullptr, {}, {}};
+    mover.param = held_.keep_new(py::object(params[i]).release().ptr());
+    mover.items[kParam] = mover.param;
     mover.items[kSlowParam] = held_.keep_new(py::object(slow_params[i]).release().ptr());
     movers_.push_back(mover);
   }
@@ -574,6 +604,7 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
     }
     ++rows_.version;
   }
+  hold_memory();
   is_collected_ = true;
   return rest;
 }
@@ -581,7 +612,7 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
 py::list Roster::moved() const {
   py::list params;
   for (const Mover& mover : movers_) {
-    if (rows_.rows[mover.position].active) params.append(py::handle(mover.items[kParam]));
+    if (rows_.rows[mover.position].active) params.append(py::handle(mover.param));
   }
   return params;
 }

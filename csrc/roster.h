@@ -34,8 +34,9 @@ class Held {
 };
 
 // A step is collect(), which changes nothing, then each launcher's prepare() and launch(), then
-// release(). Between collect() and release() the roster keeps all that the launches read alive; at
-// other times it keeps nothing. Python's lock is needed for all but rows().
+// release(). Between collect() and release() the roster keeps the tensors alive that the launches
+// read; at other times it keeps nothing. A tensor may be given other memory as soon as another thread
+// runs: what does not happen with Python's lock in the caller's hands all along needs hold_memory().
 class Roster {
  public:
   // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where
@@ -54,8 +55,13 @@ class Roster {
   // it moves; None: those that have a gradient do, and it is read. Returns those that move and are
   // no rows, with whether that is because they share memory: Python has to say what is wrong, give
   // them the state they lack, or move them.
+  // `hold`: as hold_memory(), before any other thread can run.
   pybind11::list collect(const pybind11::sequence& param_groups, const pybind11::dict& state,
-                         const pybind11::object& moved);
+                         const pybind11::object& moved, bool hold);
+
+  // Until release(), keeps the memory alive that the rows that move lie in.
+  void hold_memory();
+  bool holds_memory() const { return holds_memory_; }
 
   // In place of collect(), for swaps: pairs of tensors as kParam and kSlowParam. Returns the
   // positions of those that are no rows.
@@ -105,7 +111,9 @@ class Roster {
   };
   struct Mover {
     int32_t position;
-    std::array<PyObject*, kItems> items;  // kept alive; nullptr: there is none
+    PyObject* param;
+    std::array<PyObject*, kItems> items;  // or what stands for them; nullptr: there is none
+    std::array<bool, kItems> is_resolved;
   };
   enum class Outcome { kRow, kNeedsPython, kSharesMemory };
   using Described = std::array<DLTensor, kItems>;
@@ -124,9 +132,10 @@ class Roster {
   void find_items(PyObject* state, Mover& mover);
   Outcome describe(Mover& mover);
   bool look_at_all(Mover& mover, const TensorRow& last, Described& found);
+  void find_shards(Mover& mover);
   bool look(PyObject* tensor, const void* last, DLTensor* found) const;
   bool fits(const DLTensor& param, const DLTensor& tensor) const;
-  bool resolve(const Mover& mover, int item, PyObject** object);
+  bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);
   int32_t launcher_of(const DLTensor& tensor) const;
   void settle_shared_memory(pybind11::list& rest);
@@ -156,7 +165,9 @@ class Roster {
   std::vector<Mover> movers_;
   std::vector<int32_t> mover_of_;  // for each position; -1: it rests
   bool reads_gradients_ = false;
+  bool python_ran_ = false;  // while the rows were described
   bool is_collected_ = false;
+  bool holds_memory_ = false;
   bool in_use_ = false;
 };
 

@@ -30,6 +30,7 @@ class Roster:
         param_groups: Sequence[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         moved: Sequence[bool] | None = None,
+        hold: bool = False,
     ) -> list[tuple[int, bool]]: ...
     def pair(self, params: Sequence[Tensor], slow_params: Sequence[Tensor]) -> list[int]: ...
     def release(self) -> None: ...
@@ -48,6 +49,17 @@ class CpuLauncher:
         norm: float,
         num_threads: int,
     ) -> None: ...
+    def step(
+        self,
+        roster: Roster,
+        param_groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        moved: Sequence[bool] | None,
+        hypers: Sequence[tuple[Any, ...]],
+        unscale: float,
+        norm: float,
+        num_threads: int,
+    ) -> list[tuple[int, bool]]: ...
     def swap(self, roster: Roster, num_threads: int) -> None: ...
 
 class CudaLauncher:
@@ -56,6 +68,15 @@ class CudaLauncher:
     def launch(
         self, roster: Roster, hypers: Sequence[tuple[Any, ...]], signals: tuple[Any, ...]
     ) -> None: ...
+    def step(
+        self,
+        roster: Roster,
+        param_groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        moved: Sequence[bool] | None,
+        hypers: Sequence[tuple[Any, ...]],
+        signals: tuple[Any, ...],
+    ) -> list[tuple[int, bool]]: ...
     def swap(self, roster: Roster) -> None: ...
 
 def insist(function: Callable[[], None], is_done: Callable[[], bool]) -> Callable[..., None]: ...

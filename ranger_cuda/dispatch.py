@@ -6,7 +6,6 @@ raises here, before anything is changed. ``launch`` moves them.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ from .backends import reference
 from .backends.reference import Row
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
-from .native import Native
+from .native import Groups, Native, State, Told
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -36,8 +35,6 @@ from .tensors import (
     plain_grad,
 )
 
-Groups = Sequence[dict[str, Any]]
-State = dict[Tensor, dict[str, Any]]
 NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
 
 
@@ -157,6 +154,16 @@ class _Step:
                 self.state[param].update(before)
 
 
+def check_no_capture() -> None:
+    """Raise if a graph is being captured, where parameters are moved from the host."""
+    if is_capturing():
+        raise RuntimeError(
+            "this step cannot be captured in a CUDA graph: some parameters are moved from the host "
+            "(by the CPU's kernels or the reference backend, as low-precision ones and those that "
+            "share memory are), which a replay would not do"
+        )
+
+
 class Dispatcher:
     """Finds what moves in a step of one optimizer, checks it, and has it moved.
 
@@ -211,7 +218,43 @@ class Dispatcher:
         if self._native is not None:
             self._native.roster.release()
 
-    # --- a step: collect, then launch -----------------------------------------------------------
+    # --- a step ---------------------------------------------------------------------------------
+
+    def step(
+        self,
+        param_groups: Groups,
+        state: State,
+        new_state: NewState,
+        hypers: Sequence[Hyperparameters],
+        scaling: Scaling = NO_SCALING,
+        moved: list[bool] | None = None,
+    ) -> None:
+        """Find what moves, check it, and move it: all of it, or nothing if anything is wrong.
+
+        What is on an accelerator is read there, by its kernels. Only where parameters are moved
+        from the host does this wait for it.
+
+        Args:
+            new_state: ``new_state(param, group, state, step_device)`` returns what ``state``
+                lacks, the step count on ``step_device``; it may allocate, and must change nothing.
+            hypers: the hyperparameters of each group.
+            moved: for each parameter, in the order of the groups, whether it moves. None: those
+                that have a gradient do, and the rule reads it.
+        Raises:
+            RuntimeError, ValueError: a parameter, gradient or state that cannot be used.
+        """
+        try:
+            native = self._native
+            if native is not None and native.is_one():
+                if native.on_host():
+                    check_no_capture()
+                told = Told.of(hypers, scaling, on_host=native.on_host())
+                if told is None or native.step(param_groups, state, moved, told):
+                    return
+            self.collect(param_groups, state, new_state, moved)
+            self.launch(hypers, scaling)
+        finally:
+            self.release()
 
     def collect(
         self,
@@ -220,16 +263,8 @@ class Dispatcher:
         new_state: NewState,
         moved: list[bool] | None = None,
     ) -> None:
-        """Find and check what moves in this step, and make the state it lacks. Changes nothing.
-
-        Args:
-            new_state: ``new_state(param, group, state, step_device)`` returns what ``state``
-                lacks, the step count on ``step_device``; it may allocate, and must change nothing.
-            moved: for each parameter, in the order of the groups, whether it moves. None: those
-                that have a gradient do, and the rule reads it.
-        Raises:
-            RuntimeError, ValueError: a parameter, gradient or state that cannot be used.
-        """
+        """The first half of :meth:`step`: check, and make the state that is missing, which changes
+        nothing."""
         self.release()
         step = self._step = _Step(self._rule, param_groups, state, moved)
         rest = self._find(step)
@@ -243,12 +278,8 @@ class Dispatcher:
             for position, shares in rest:
                 step.check(position, found[position], self._backend, new_state)
                 from_host = from_host or shares or step.backends[position] in ON_HOST
-        if from_host and is_capturing():
-            raise RuntimeError(
-                "this step cannot be captured in a CUDA graph: some parameters are moved from the "
-                "host (by the CPU's kernels or the reference backend, as low-precision ones and "
-                "those that share memory are), which a replay would not do"
-            )
+        if from_host:
+            check_no_capture()
         if not step.missing:
             self._get_ready(step, rest)
 
@@ -257,7 +288,9 @@ class Dispatcher:
         that is because they share memory."""
         if self._native is None:
             return [(position, False) for position in step.movers()]
-        return sorted(self._native.roster.collect(step.param_groups, step.state, step.moved))
+        # What another thread gives other memory meanwhile, a launch must not find freed.
+        hold = threading.active_count() > 1
+        return sorted(self._native.roster.collect(step.param_groups, step.state, step.moved, hold))
 
     def _serve(self, found: list[Member]) -> bool:
         """Make sure that there are launchers for these; whether there are new ones."""
@@ -291,52 +324,27 @@ class Dispatcher:
             self._get_ready(step, self._find(step))
 
     def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
-        """Move what :meth:`collect` found: all of it, whatever interrupts.
-
-        What is on an accelerator is read there, by its kernels. Only where parameters are moved
-        from the host does this wait for it.
-
-        Args:
-            hypers: the hyperparameters of each group.
-        """
+        """The second half of :meth:`step`: move what was collected, whatever interrupts."""
         step, native = self._step, self._native
         assert step is not None
-        try:
-            if native is not None and native.is_one_call() and not (step.missing or self._rows):
-                self._launch(step, hypers, scaling)
-            else:
-                with Deferred():
-                    self._launch(step, hypers, scaling)
-        finally:
-            self.release()
-
-    def _launch(self, step: _Step, hypers: Sequence[Hyperparameters], scaling: Scaling) -> None:
-        if step.missing:
+        with Deferred():
             try:
-                step.commit()
-                self._get_ready(step, self._find(step))
+                if step.missing:
+                    step.commit()
+                    self._get_ready(step, self._find(step))
+                on_host = bool(self._rows) or (native is not None and native.on_host())
+                told = Told.of(hypers, scaling, on_host=on_host)
             except BaseException:  # a table or a kernel that cannot be had
                 step.undo()
                 raise
-        from_host = bool(self._rows) or (self._native is not None and self._native.on_host())
-        unscale = norm = 1.0
-        if from_host:
-            if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
+            if told is None:
+                step.undo()
                 return
-            scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
-            unscale = 1.0 / scale if scale else math.inf  # as on a device
-            norm = 0.0 if scaling.norm is None else float(scaling.norm)
-        numbers = [
-            hyper._replace(
-                lr=float(hyper.lr) if from_host or not isinstance(hyper.lr, Tensor) else 0.0
-            )
-            for hyper in hypers
-        ]
-        if self._native is not None:
-            self._native.launch(hypers, numbers, scaling, unscale, norm)
-        if self._rows:
-            scales = [grad_scale(hyper, unscale, norm) for hyper in numbers]
-            self._rule.reference(self._rows, numbers, scales)
+            if native is not None:
+                native.launch(told)
+            if self._rows:
+                scales = [grad_scale(hyper, told.unscale, told.norm) for hyper in told.numbers]
+                self._rule.reference(self._rows, told.numbers, scales)
 
     # --- swaps ----------------------------------------------------------------------------------
 

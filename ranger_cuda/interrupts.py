@@ -22,19 +22,14 @@ class Deferred:
     """Within the context, handlers of signals wait; they run when it is left."""
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._handlers: dict[int, Any] = {}
         self._waiting: list[int] = []
-        self._active = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._active:
-            self._waiting.append(number)
-        else:  # it came while the handlers were put back
-            self._handlers[number](number, frame)
+        self._waiting.append(number)
 
     def __enter__(self) -> Deferred:
         if threading.current_thread() is threading.main_thread():  # others run no handlers
-            self._active = True
             try:
                 for number in _NUMBERS:
                     handler = signal.getsignal(number)
@@ -42,20 +37,21 @@ class Deferred:
                         self._handlers[number] = handler
                         signal.signal(number, self._note)
             except BaseException:
-                self._put_back()
+                self.__exit__()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._put_back()
-        waiting, self._waiting = self._waiting, []
-        for number in waiting:
-            signal.raise_signal(number)
-
-    def _put_back(self) -> None:
-        self._active = False
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            while self._handlers:  # put back, and forgotten only then
+                number, handler = next(iter(self._handlers.items()))
+                signal.signal(number, handler)
+                del self._handlers[number]
+            while self._waiting:
+                signal.raise_signal(self._waiting.pop())
+        except BaseException:  # of a handler that is back
+            self.__exit__()
+            raise
 
     def interruptible(self, call: Callable[[], Any]) -> Callable[[], Any]:
         """``call``, but handlers run while it does: for what is not the optimizer's own."""

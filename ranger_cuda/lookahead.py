@@ -219,8 +219,8 @@ class Lookahead(SlowWeights, Optimizer):
                     self.state[param]["slow_param"] = first[param]
         dispatcher = self._dispatcher  # a load in another thread makes a new one
         with dispatcher.alone():
-            dispatcher.collect(self.param_groups, self.state, self._new_state, moved)
-            dispatcher.launch([interpolation(group) for group in self.param_groups])
+            hypers = [interpolation(group) for group in self.param_groups]
+            dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
 
     @staticmethod
     def _new_state(

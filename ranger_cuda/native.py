@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,39 @@ from .backends.triton_launcher import TritonLauncher
 from .hyperparameters import Hyperparameters
 from .scaling import Scaling, Signals
 from .tensors import DTensor, is_capturing, local, plain, plain_grad
+
+Groups = Sequence[dict[str, Any]]
+State = dict[Tensor, dict[str, Any]]
+
+
+class Told(NamedTuple):
+    """What launchers are told of a step."""
+
+    hypers: Sequence[Hyperparameters]  # of each group
+    numbers: Sequence[Hyperparameters]  # the same, with learning rates as numbers
+    scaling: Scaling  # what device launchers read on their devices
+    unscale: float  # what the host's go by, as the next
+    norm: float
+
+    @classmethod
+    def of(
+        cls, hypers: Sequence[Hyperparameters], scaling: Scaling, *, on_host: bool
+    ) -> Told | None:
+        """All of it, and None if the step is skipped. Waits for devices only if ``on_host``."""
+        unscale = norm = 1.0
+        if on_host:
+            if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
+                return None
+            scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
+            unscale = 1.0 / scale if scale else math.inf  # as on a device
+            norm = 0.0 if scaling.norm is None else float(scaling.norm)
+        numbers = [
+            hyper._replace(lr=float(hyper.lr) if on_host else 0.0)
+            if isinstance(hyper.lr, Tensor)
+            else hyper
+            for hyper in hypers
+        ]
+        return cls(hypers, numbers, scaling, unscale, norm)
 
 
 class Launcher(NamedTuple):
@@ -55,7 +89,6 @@ class Native:
         self._captured = captured
         self._tried = tried
         self.launchers: list[Launcher] = []
-        self._in_turn: list[Launcher] = []
         self._kinds: set[tuple[torch.device, torch.dtype]] = set()
         self.roster = extension.Roster(
             Tensor.__dlpack_c_exchange_api__,
@@ -96,17 +129,33 @@ class Native:
         else:
             kernels = TritonLauncher(self._rule.name, index, device, self._captured, self._tried)
         self.launchers.append(Launcher(backend, device, kernels))
-        # The host's kernels run while the devices work.
-        self._in_turn = sorted(self.launchers, key=lambda launcher: launcher.backend == "cpu")
         return index
 
     def on_host(self) -> bool:
         """Whether any launcher is the CPU's."""
         return any(launcher.backend == "cpu" for launcher in self.launchers)
 
-    def is_one_call(self) -> bool:
-        """Whether a launch is a single call, which nothing interrupts."""
+    def is_one(self) -> bool:
+        """Whether :meth:`step` may do: there is one launcher, and it is compiled."""
         return len(self.launchers) == 1 and self.launchers[0].backend != "triton"
+
+    def step(
+        self, param_groups: Groups, state: State, moved: list[bool] | None, told: Told
+    ) -> bool:
+        """Find what moves and move it in a single call, which nothing interrupts, if one compiled
+        launcher moves all of it. Otherwise nothing has been changed.
+
+        Arguments as of ``_C.Roster.collect`` and of :meth:`launch`.
+        """
+        ((backend, device, kernels),) = self.launchers
+        found = self.roster, param_groups, state, moved, told.numbers
+        if backend == "cpu":
+            rest = kernels.step(*found, told.unscale, told.norm, torch.get_num_threads())
+        else:
+            rest = kernels.step(*found, Signals.of(told.hypers, told.scaling, device))
+        if not rest:
+            increment_version(self.roster.moved())
+        return not rest
 
     def prepare(self) -> None:
         """Get ready for a launch of what the roster has collected. May fail; changes nothing."""
@@ -119,28 +168,18 @@ class Native:
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
                 launcher.kernels.prepare(self.roster)
 
-    def launch(
-        self,
-        hypers: Sequence[Hyperparameters],
-        numbers: Sequence[Hyperparameters],
-        scaling: Scaling,
-        unscale: float,
-        norm: float,
-    ) -> None:
-        """Count a step for what was collected, and run the rule on it.
-
-        Args:
-            hypers: of each group.
-            numbers: the same, with learning rates as numbers.
-            scaling: what device launchers read on their devices.
-            unscale, norm: what the host's launcher goes by.
-        """
+    def launch(self, told: Told) -> None:
+        """Count a step for what was collected, and run the rule on it."""
         moved = self.roster.moved()
-        for backend, device, kernels in self._in_turn:
+        # The host's last, which works while the devices do.
+        in_turn = sorted(self.launchers, key=lambda launcher: launcher.backend == "cpu")
+        for backend, device, kernels in in_turn:
             if backend == "cpu":
-                kernels.launch(self.roster, numbers, unscale, norm, torch.get_num_threads())
+                threads = torch.get_num_threads()
+                kernels.launch(self.roster, told.numbers, told.unscale, told.norm, threads)
             else:
-                kernels.launch(self.roster, numbers, Signals.of(hypers, scaling, device))
+                signals = Signals.of(told.hypers, told.scaling, device)
+                kernels.launch(self.roster, told.numbers, signals)
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)
 
