@@ -16,8 +16,9 @@ namespace {
 // float32 counts no further; a step after these counts none (design.md).
 constexpr float kMostSteps = 16777216.0f;
 
-// Rows ahead of the one that is described whose objects are fetched into the cache.
-constexpr size_t kAhead = 6;
+// How many rows ahead of the one that is described the cache is told what comes.
+constexpr size_t kObjectsAhead = 8;
+constexpr size_t kTensorsAhead = 4;
 
 constexpr int kMostPasses = 10;
 
@@ -49,6 +50,19 @@ PyTypeObject* parameter_type() {
 
 bool is_plain_type(PyObject* object) {
   return Py_TYPE(object) == tensor_type() || Py_TYPE(object) == parameter_type();
+}
+
+// Most of a description's time is three waits for memory, one behind the other: for Python's
+// object, for torch's tensor behind it, and for its storage. An object has the tensor's address in
+// one of its first words, by torch's version; if it is neither, nothing but a hint is wasted.
+void prefetch_tensor(PyObject* object) {
+  static const bool has_words =
+      tensor_type()->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*));
+  if (object == nullptr || !has_words || !is_plain_type(object)) return;
+  const char* const* const words = reinterpret_cast<const char* const*>(object + 1);
+  for (int word = 0; word < 2; ++word) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(words[word] + 64 * line);
+  }
 }
 
 // A list or a tuple as it is, anything else as a list.
@@ -90,8 +104,9 @@ bool is_negated(PyObject* tensor, const DLTensor& described) {
 }
 
 // Whether there is memory behind a description. That of a storage that was given back lies at
-// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold. Where
-// memory really is as low as that, the offset is asked for; `last` is an address that was not it.
+// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold.
+// Where memory really is as low as that, the offset is asked for; `last` is an address that was not
+// it.
 bool has_memory(PyObject* tensor, const DLTensor& described, const void* last) {
   static PyObject* const name = interned("storage_offset");
   constexpr uintptr_t kLargestStorage = uintptr_t{1} << 40;
@@ -115,16 +130,15 @@ bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
   for (int stream = 0; stream < kStreams; ++stream) {
     if (stream != kGrad && a.data[stream] != b.data[stream]) return false;
   }
-  const bool same_layout =
-      a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
-  return a.step == b.step && a.numel == b.numel && a.group == b.group &&
-         a.launcher == b.launcher && a.device_type == b.device_type && a.dtype == b.dtype &&
-         same_layout;
+  const bool same_layout = a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
+  return a.step == b.step && a.numel == b.numel && a.group == b.group && a.launcher == b.launcher &&
+         a.device_type == b.device_type && a.dtype == b.dtype && same_layout;
 }
 
 }  // namespace
 
-// --- what is kept alive ---------------------------------------------------------------------------
+// --- what is kept alive
+// ---------------------------------------------------------------------------
 
 PyObject* Held::keep_new(PyObject* owned) {
   objects_.push_back(owned);
@@ -176,8 +190,8 @@ void Roster::serve(const py::object& tensor, int32_t launcher) {
 int32_t Roster::launcher_of(const DLTensor& tensor) const {
   for (const Kind& kind : kinds_) {
     if (kind.device.device_type == tensor.device.device_type &&
-        kind.device.device_id == tensor.device.device_id &&
-        kind.dtype.code == tensor.dtype.code && kind.dtype.bits == tensor.dtype.bits) {
+        kind.device.device_id == tensor.device.device_id && kind.dtype.code == tensor.dtype.code &&
+        kind.dtype.bits == tensor.dtype.bits) {
       return kind.launcher;
     }
   }
@@ -198,8 +212,11 @@ py::list Roster::collect(const py::sequence& param_groups, const py::dict& state
     python_ran_ = false;
     rest = py::list();
     for (size_t i = 0; i < movers_.size(); ++i) {
-      if (i + kAhead < movers_.size()) {
-        for (PyObject* item : movers_[i + kAhead].items) __builtin_prefetch(item);
+      if (i + kObjectsAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kObjectsAhead].items) __builtin_prefetch(item);
+      }
+      if (i + kTensorsAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_tensor(item);
       }
       const Outcome outcome = describe(movers_[i]);
       if (outcome == Outcome::kRow) continue;
@@ -279,6 +296,9 @@ void Roster::find_movers(const py::object& moved) {
   mover_of_.assign(members_.size(), -1);
   for (size_t position = 0; position < members_.size(); ++position) {
     const Member member = members_[position];
+    if (reads_gradients_ && position + kTensorsAhead < members_.size()) {
+      prefetch_tensor(members_[position + kTensorsAhead].param);
+    }
     if (member.again) continue;
     Mover mover = {static_cast<int32_t>(position), member.param, {}, {}};
     mover.items[kParam] = member.param;
@@ -300,10 +320,10 @@ void Roster::find_movers(const py::object& moved) {
 PyObject* Roster::gradient_of(PyObject* param) {
   static PyObject* const kName = interned("grad");
   static PyGetSetDescrObject* const getter = getter_of("grad");
-  const bool usual = is_plain_type(param) ||
-                     reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
-  PyObject* const gradient = checked(usual && getter != nullptr
-                                         ? getter->d_getset->get(param, getter->d_getset->closure)
+  const bool usual =
+      is_plain_type(param) || reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
+  PyObject* const gradient =
+      checked(usual && getter != nullptr ? getter->d_getset->get(param, getter->d_getset->closure)
                                          : PyObject_GetAttr(param, kName));
   held_.keep_new(gradient);
   return gradient == Py_None ? nullptr : gradient;
@@ -318,14 +338,27 @@ void Roster::find_state(const py::dict& state) {
   size_t i = 0;
   while (PyDict_Next(state.ptr(), &place, &key, &value)) {
     if (i == state_entries_.size() || state_entries_[i].key != key) {
+      states_.clear();
       order_state(state);
       find_state(state);
       return;
     }
     const int32_t position = state_entries_[i++].position;
     const int32_t mover = position < 0 ? -1 : mover_of_[position];
-    if (mover >= 0 && PyDict_Check(value)) find_items(value, movers_[mover]);
+    if (mover < 0 || !PyDict_Check(value)) continue;
+    __builtin_prefetch(value);
+    states_.emplace_back(mover, value);
   }
+  for (size_t at = 0; at < states_.size(); ++at) {
+    if (at + kTensorsAhead < states_.size()) {
+      const auto* const next = reinterpret_cast<PyDictObject*>(states_[at + kTensorsAhead].second);
+      for (int line = 0; line < 3; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next->ma_keys) + 64 * line);
+      }
+    }
+    find_items(states_[at].second, movers_[states_[at].first]);
+  }
+  states_.clear();
 }
 
 void Roster::order_state(const py::dict& state) {
@@ -358,7 +391,8 @@ void Roster::find_items(PyObject* state, Mover& mover) {
   }
 }
 
-// --- describing -----------------------------------------------------------------------------------
+// --- describing
+// -----------------------------------------------------------------------------------
 
 bool Roster::look(PyObject* tensor, const void* last, DLTensor* found) const {
   return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
@@ -369,14 +403,14 @@ bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
   return same_device(param, tensor) && same_dtype(param, tensor) && same_sizes(param, tensor);
 }
 
-// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of its
-// memory, or a copy of a gradient. That is Python's, and lets other threads run.
+// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of
+// its memory, or a copy of a gradient. That is Python's, and lets other threads run.
 bool Roster::resolve(Mover& mover, int item) {
   python_ran_ = true;
   mover.is_resolved[item] = true;
   try {
-    const py::object found =
-        item == kGrad ? plain_grad_(py::handle(mover.param)) : plain_(py::handle(mover.items[item]));
+    const py::object found = item == kGrad ? plain_grad_(py::handle(mover.param))
+                                           : plain_(py::handle(mover.items[item]));
     mover.items[item] = held_.keep(found.ptr());
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;
@@ -480,7 +514,8 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   return Outcome::kRow;
 }
 
-// --- memory that is shared ------------------------------------------------------------------------
+// --- memory that is shared
+// ------------------------------------------------------------------------
 
 // In parallel, kernels would race for it: such parameters move one after the other, in Python.
 void Roster::settle_shared_memory(py::list& rest) {
@@ -570,7 +605,8 @@ std::vector<int32_t> Roster::sharing_memory() const {
   return positions;
 }
 
-// --- swaps ----------------------------------------------------------------------------------------
+// --- swaps
+// ----------------------------------------------------------------------------------------
 
 py::list Roster::pair(const py::sequence& params, const py::sequence& slow_params) {
   if (params.size() != slow_params.size()) {
