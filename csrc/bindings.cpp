@@ -91,8 +91,7 @@ cuda::Signals to_signals(const py::tuple& fields, size_t groups, const TensorExc
   return signals;
 }
 
-// --- launchers
-// ------------------------------------------------------------------------------------
+// --- launchers -----------------------------------------------------------------------------------
 
 // A launcher as Python holds it: whatever is wrong with a call raises before anything is launched.
 template <class Launcher>
@@ -311,8 +310,7 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
   launcher.swap(roster, [&](cuda::Launcher& its) { its.swap(stream); });
 }
 
-// --- what the roster tells launchers in Python
-// ------------------------------------------------------
+// --- what the roster tells launchers in Python ---------------------------------------------------
 
 // (numel, is_float64, group, the step count's address, sizes, each stream's address and strides); 0
 // for a stream that is not there, and for the gradient. Sizes and strides are empty where all
@@ -344,8 +342,7 @@ py::list gradients_of(const Roster& roster, int32_t launcher) {
   return told;
 }
 
-// --- interrupts
-// -------------------------------------------------------------------------------------
+// --- interrupts ----------------------------------------------------------------------------------
 
 // Python runs the handlers of signals at a function's first instruction, where no `try` of its own
 // is yet. What this returns calls `function` again, ignoring its arguments, until `is_done()`, and
@@ -373,8 +370,7 @@ py::cpp_function insist(const py::function& function, const py::function& is_don
   });
 }
 
-// --- for tests, and for `info`
-// ------------------------------------------------------------------------
+// --- for tests, and for `info` -------------------------------------------------------------------
 
 py::tuple schedule_of(const py::tuple& fields, int64_t step) {
   const Schedule s = schedule(to_hyperparameters(fields), step);
@@ -437,6 +433,7 @@ PYBIND11_MODULE(_C, module) {
       .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
            py::arg("moved") = py::none(), py::arg("hold") = false)
+      .def("leave_out", &Roster::leave_out, py::arg("tensors"))
       .def("pair", &Roster::pair, py::arg("params"), py::arg("slow_params"))
       .def("release", &Roster::release)
       .def("moved", &Roster::moved)

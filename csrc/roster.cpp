@@ -137,8 +137,7 @@ bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
 
 }  // namespace
 
-// --- what is kept alive
-// ---------------------------------------------------------------------------
+// --- what is kept alive --------------------------------------------------------------------------
 
 PyObject* Held::keep_new(PyObject* owned) {
   objects_.push_back(owned);
@@ -391,8 +390,7 @@ void Roster::find_items(PyObject* state, Mover& mover) {
   }
 }
 
-// --- describing
-// -----------------------------------------------------------------------------------
+// --- describing ----------------------------------------------------------------------------------
 
 bool Roster::look(PyObject* tensor, const void* last, DLTensor* found) const {
   return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
@@ -459,8 +457,7 @@ Roster::Outcome Roster::describe(Mover& mover) {
   Described found;
   if (!look_at_all(mover, rows_.rows[mover.position], found)) return Outcome::kNeedsPython;
   const DLTensor& step = found[kStep];
-  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 ||
-      count_elements(shape_of(step)) != 1) {
+  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
     return Outcome::kNeedsPython;
   }
   // Only on the host: nobody waits for a device to look at a count there.
@@ -514,13 +511,12 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   return Outcome::kRow;
 }
 
-// --- memory that is shared
-// ------------------------------------------------------------------------
+// --- memory that is shared -----------------------------------------------------------------------
 
 // In parallel, kernels would race for it: such parameters move one after the other, in Python.
 void Roster::settle_shared_memory(py::list& rest) {
   if (!may_share_memory()) return;
-  for (int32_t position : sharing_memory()) {
+  for (int32_t position : sharing_memory(spans_of_movers())) {
     rows_.rows[position].active = false;
     rest.append(py::make_tuple(position, true));
   }
@@ -576,22 +572,34 @@ bool Roster::may_share_memory() {
   return false;
 }
 
-std::vector<int32_t> Roster::sharing_memory() const {
+std::vector<Roster::Span> Roster::spans_of_movers() const {
   std::vector<Span> spans;
   for (const Mover& mover : movers_) {
     const TensorRow& row = rows_.rows[mover.position];
     if (row.active) append_spans(row, mover.position, reads_gradients_, spans);
   }
+  return spans;
+}
+
+// The rows of which some span overlaps another that is written. A position of -1 is no row.
+std::vector<int32_t> Roster::sharing_memory(std::vector<Span> spans) const {
   std::sort(spans.begin(), spans.end(),
             [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  std::vector<bool> shares(rows_.rows.size());
+  std::vector<bool> shares(rows_.rows.size() + 1);  // the last one: of no row
+  const auto mark = [&](const Span& span) {
+    shares[span.position < 0 ? rows_.rows.size() : span.position] = true;
+  };
   // Of the spans so far, those that reach beyond the begin of the next one.
   std::vector<const Span*> written;
   std::vector<const Span*> read;
   const auto meet = [&](std::vector<const Span*>& before, const Span& span) {
     const auto ended = [&](const Span* other) { return other->end <= span.begin; };
     before.erase(std::remove_if(before.begin(), before.end(), ended), before.end());
-    for (const Span* other : before) shares[other->position] = shares[span.position] = true;
+    for (const Span* other : before) {
+      if (other->position < 0 && span.position < 0) continue;
+      mark(*other);
+      mark(span);
+    }
   };
   for (const Span& span : spans) {
     meet(written, span);
@@ -599,14 +607,39 @@ std::vector<int32_t> Roster::sharing_memory() const {
     (span.written ? written : read).push_back(&span);
   }
   std::vector<int32_t> positions;
-  for (size_t i = 0; i < shares.size(); ++i) {
+  for (size_t i = 0; i < rows_.rows.size(); ++i) {
     if (shares[i]) positions.push_back(static_cast<int32_t>(i));
   }
   return positions;
 }
 
-// --- swaps
-// ----------------------------------------------------------------------------------------
+py::list Roster::leave_out(const py::sequence& tensors) {
+  const Use use(*this);
+  std::vector<Span> spans = spans_of_movers();
+  const size_t its = spans.size();
+  for (py::handle tensor : tensors) {
+    DLTensor found;
+    if (!exchange_.describe(tensor.ptr(), &found) || data_of(found) == nullptr) continue;
+    const Shape shape = shape_of(found);
+    if (count_elements(shape) == 0) continue;
+    int64_t last = 0;
+    for (int32_t dim = 0; dim < shape.ndim; ++dim) {
+      last += (shape.sizes[dim] - 1) * shape.strides[dim];
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(data_of(found));
+    const auto bytes = static_cast<uintptr_t>((last + 1) * found.dtype.bits / 8);
+    spans.push_back({begin, begin + bytes, -1, true});
+  }
+  py::list left;
+  if (its == 0 || its == spans.size()) return left;
+  for (int32_t position : sharing_memory(std::move(spans))) {
+    rows_.rows[position].active = false;
+    left.append(position);
+  }
+  return left;
+}
+
+// --- swaps ---------------------------------------------------------------------------------------
 
 py::list Roster::pair(const py::sequence& params, const py::sequence& slow_params) {
   if (params.size() != slow_params.size()) {
@@ -634,7 +667,7 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
     if (!is_row) rest.append(mover.position);
   }
   if (may_share_memory()) {
-    for (int32_t position : sharing_memory()) {
+    for (int32_t position : sharing_memory(spans_of_movers())) {
       rows_.rows[position] = TensorRow();
       rest.append(position);
     }

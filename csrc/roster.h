@@ -64,6 +64,10 @@ class Roster {
   void hold_memory();
   bool holds_memory() const { return holds_memory_; }
 
+  // Leaves out of what was collected the rows that share memory with any of these tensors, and
+  // returns their positions.
+  pybind11::list leave_out(const pybind11::sequence& tensors);
+
   // In place of collect(), for swaps: pairs of tensors as kParam and kSlowParam. Returns the
   // positions of those that are no rows.
   pybind11::list pair(const pybind11::sequence& params, const pybind11::sequence& slow_params);
@@ -142,7 +146,8 @@ class Roster {
   void settle_shared_memory(pybind11::list& rest);
   void append_spans(const TensorRow& row, int32_t position, bool gradient,
                     std::vector<Span>& spans) const;
-  std::vector<int32_t> sharing_memory() const;
+  std::vector<Span> spans_of_movers() const;
+  std::vector<int32_t> sharing_memory(std::vector<Span> spans) const;
   bool may_share_memory();
 
   TensorExchange exchange_;
