@@ -34,6 +34,8 @@ PyObject* checked(PyObject* object) {
   return object;
 }
 
+py::object take(PyObject* owned) { return py::reinterpret_steal<py::object>(checked(owned)); }
+
 PyObject* torch_attribute(const char* module, const char* name) {
   return py::object(py::module_::import(module).attr(name)).release().ptr();
 }
@@ -83,11 +85,27 @@ PyGetSetDescrObject* getter_of(const char* attribute) {
              : nullptr;
 }
 
-// DLPack does not tell whether a tensor stands for the negative of its memory. Such a tensor is the
-// imaginary part of a complex one: its elements do not lie side by side, and a single one starts at
-// an odd multiple of the item size. Any other need not be asked.
-bool is_negated(PyObject* tensor, const DLTensor& described) {
+// Whether a tensor stands for the negative of its memory, which DLPack does not tell.
+bool is_negated(PyObject* tensor) {
   static PyObject* const name = interned("is_neg");
+  static PyObject* const method =
+      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr("is_neg"))
+          .release()
+          .ptr();
+  // Without the look-up of a name, where the method is one of C.
+  if (Py_TYPE(method) == &PyMethodDescr_Type && is_plain_type(tensor)) {
+    const PyMethodDef* const definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (definition->ml_flags == METH_NOARGS) {
+      return take(definition->ml_meth(tensor, nullptr)).ptr() == Py_True;
+    }
+  }
+  return take(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
+}
+
+// False for tensors that need not be asked, unless somebody made them with as_strided(): one that
+// is negated is the imaginary part of a complex one, its elements do not lie side by side, and a
+// single one starts at an odd multiple of the item size.
+bool may_be_negated(const DLTensor& described) {
   const uintptr_t item = described.dtype.bits / 8;
   bool apart = false;
   bool side_by_side = false;
@@ -97,10 +115,7 @@ bool is_negated(PyObject* tensor, const DLTensor& described) {
     side_by_side = side_by_side || described.strides[dim] <= 1;
   }
   const bool odd = reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
-  if (!odd && (side_by_side || !apart)) return false;
-  const auto answer =
-      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
-  return answer.ptr() == Py_True;
+  return odd || (apart && !side_by_side);
 }
 
 // Whether there is memory behind a description. That of a storage that was given back lies at
@@ -113,8 +128,7 @@ bool has_memory(PyObject* tensor, const DLTensor& described, const void* last) {
   const auto address = reinterpret_cast<uintptr_t>(data_of(described));
   if (address >= kLargestStorage || count_elements(shape_of(described)) == 0) return true;
   if (address == 0 || data_of(described) == last) return address != 0;
-  const auto offset =
-      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
+  const py::object offset = take(PyObject_CallMethodNoArgs(tensor, name));
   return offset.cast<uintptr_t>() * (described.dtype.bits / 8) != address;
 }
 
@@ -180,7 +194,7 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
 
 void Roster::serve(const py::object& tensor, int32_t launcher) {
   DLTensor found;
-  if (launcher < 0 || !look(tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
+  if (launcher < 0 || !look(kParam, tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
     throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
   }
   kinds_.push_back({found.device, found.dtype, launcher});
@@ -392,9 +406,10 @@ void Roster::find_items(PyObject* state, Mover& mover) {
 
 // --- describing ----------------------------------------------------------------------------------
 
-bool Roster::look(PyObject* tensor, const void* last, DLTensor* found) const {
+bool Roster::look(int item, PyObject* tensor, const void* last, DLTensor* found) const {
   return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
-         found->dtype.code == kDLFloat && found->dtype.lanes == 1 && !is_negated(tensor, *found);
+         found->dtype.code == kDLFloat && found->dtype.lanes == 1 &&
+         !((item == kGrad || may_be_negated(*found)) && is_negated(tensor));
 }
 
 bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
@@ -440,7 +455,7 @@ bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) 
   for (int item = 0; item < kItems; ++item) {
     if (mover.items[item] == nullptr) continue;
     const void* const address = item == kStep ? last.step : last.data[item];
-    const bool seen = look(mover.items[item], address, &found[item]) &&
+    const bool seen = look(item, mover.items[item], address, &found[item]) &&
                       (item != kGrad || fits(found[kParam], found[kGrad]));
     if (seen) continue;
     if (mover.is_resolved[item] || !resolve(mover, item)) return false;
@@ -661,8 +676,8 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
   py::list rest;
   for (const Mover& mover : movers_) {
     Described found;
-    const bool is_row = look(mover.items[kParam], nullptr, &found[kParam]) &&
-                        look(mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
+    const bool is_row = look(kParam, mover.items[kParam], nullptr, &found[kParam]) &&
+                        look(kSlowParam, mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
                         enter(mover, found) == Outcome::kRow;
     if (!is_row) rest.append(mover.position);
   }

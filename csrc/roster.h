@@ -138,7 +138,7 @@ class Roster {
   Outcome describe(Mover& mover);
   bool look_at_all(Mover& mover, const TensorRow& last, Described& found);
   void find_shards(Mover& mover);
-  bool look(PyObject* tensor, const void* last, DLTensor* found) const;
+  bool look(int item, PyObject* tensor, const void* last, DLTensor* found) const;
   bool fits(const DLTensor& param, const DLTensor& tensor) const;
   bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);
