@@ -1,340 +1,105 @@
-"""Everything that a machine with a GPU can say of this clone, in one command and eight minutes.
+"""Everything that a machine with a GPU can say of this clone, in one command.
 
-    python3 benchmarks/on_gpu.py                          # all of it
+    python3 benchmarks/on_gpu.py                          # all but the sweep
     python3 benchmarks/on_gpu.py --only tests benchmark   # some stages
     python3 benchmarks/on_gpu.py --wheels DIR             # with the peers' wheels, offline
 
-Builds the extension into the clone, installs nothing. Every stage has a time limit and leaves a log
-and its result in the output folder ($OUT or benchmarks/results/); none stops a later one. Exits
-with 0 if all that were asked for passed.
+Where a command may take ten minutes at most, three of under nine each:
+
+    python3 benchmarks/on_gpu.py --only environment build benchmark
+    python3 benchmarks/on_gpu.py --only environment build tests sanitizer --pytest="-m gpu"
+    python3 benchmarks/on_gpu.py --only environment sweep
+
+Builds the extension into the clone, installs nothing. Every stage has a time limit, and none stops
+a later one. What they found so far is always in the output folder ($OUT or benchmarks/results/),
+also where this is terminated: ``summary.json``, ``gpu-step-time.json``, ``sweep.json`` and
+``logs.tar.gz``. Exits with 0 if all that were asked for passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import json
+import functools
 import os
-import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "benchmarks"
-GPU_FIELDS = (
-    "name,driver_version,compute_cap,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
-    "power.draw,power.limit,temperature.gpu,memory.used,memory.total"
-)
-VERSIONS = (
-    "import json, platform, torch\n"
-    "try:\n    import triton\n    triton = triton.__version__\n"
-    "except ImportError as error:\n    triton = str(error)\n"
-    "there = torch.cuda.is_available()\n"
-    "print(json.dumps({'python': platform.python_version(), 'torch': torch.__version__,\n"
-    "    'torch_cuda': torch.version.cuda, 'triton': triton, 'cuda_available': there,\n"
-    "    'gpu': torch.cuda.get_device_name() if there else None}))\n"
-)
-PYTEST_FINE = (0, 5)  # 5: no test was asked for
-Result = dict[str, Any]
+import gpu_stages
+from commands import Commands, Result
+from gpu_stages import HERE, SANITIZERS, Job
+from result_file import save
 
-
-class Sanitizer(NamedTuple):
-    """A run under compute-sanitizer."""
-
-    name: str
-    options: tuple[str, ...]
-    arguments: tuple[str, ...] = ()  # of sanitized_run.py
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-# Failing calls are checked where they are made, and libraries make some that may fail.
-MEMCHECK = ("--tool", "memcheck", "--report-api-errors", "no")
-# Without torch's caching every tensor is an allocation of its own, so that an access beyond it is
-# seen; a capture needs the cache.
-SANITIZERS = (
-    Sanitizer(
-        "memcheck",
-        MEMCHECK,
-        ("--skip", "graph"),
-        (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-    ),
-    Sanitizer("memcheck-graph", MEMCHECK, ("--only", "graph")),
-    Sanitizer("racecheck", ("--tool", "racecheck")),
-    Sanitizer("initcheck", ("--tool", "initcheck")),
-    Sanitizer("synccheck", ("--tool", "synccheck")),
-)
-
-
-class Run:
-    """What the stages share: where results go, and the environment of what they start.
-
-    Args:
-        args: the command line.
-    """
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.out: Path = args.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.scratch = Path(tempfile.mkdtemp(prefix="ranger_on_gpu_"))
-        self.environment = dict(os.environ)
-        path = [str(ROOT)]
-        if args.wheels:
-            path.append(str(unpack(args.wheels, self.scratch / "site")))
-        path.append(os.environ.get("PYTHONPATH", ""))
-        self.environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-        self.environment["PYTHONUNBUFFERED"] = "1"
-        tools = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-        self.environment["PATH"] = os.pathsep.join(tools)
-
-    def command(self, name: str, command: list[str], limit: float, **environment: str) -> Result:
-        """Run it with its output in ``name``.log; stop it, and what it started, at the limit."""
-        log = self.out / f"{name}.log"
-        begun = time.monotonic()
-        with log.open("w") as output:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**self.environment, **environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                output.write(f"{error}\n")
-                return {"rc": None, "seconds": 0.0, "log": log.name, "why": str(error)}
-            self.running.add(process)
-            try:
-                rc: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                stop(process)
-                rc = None
-            self.running.discard(process)
-        result: Result = {"rc": rc, "seconds": round(time.monotonic() - begun, 1), "log": log.name}
-        if rc is None:
-            result["why"] = f"stopped after {limit:.0f} s"
-        elif rc != 0:
-            result["why"] = f"exit status {rc}"
-        return result
-
-    def tell(self, *command: str) -> str | None:
-        """What a command prints; None if it is not there or fails."""
-        try:
-            return subprocess.run(
-                command,
-                cwd=ROOT,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=60,
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    def gpu(self) -> dict[str, str] | None:
-        """What nvidia-smi says of the first GPU now."""
-        said = self.tell("nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader")
-        if said is None:
-            return None
-        values = [value.strip() for value in said.splitlines()[0].split(",")]
-        return dict(zip(GPU_FIELDS.split(","), values, strict=False))
-
-
-# --- stages: each returns its result, with "state": passed, failed or skipped ---------------------
-
-
-def environment(run: Run) -> Result:
-    """Where this is."""
-    found: Result = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat()}
-    found["commit"] = run.args.commit or run.tell("git", "describe", "--always", "--dirty")
-    found["gpu"] = run.gpu()
-    found["versions"] = json.loads(run.tell(sys.executable, "-c", VERSIONS) or "{}")
-    found["nvcc"] = (run.tell("nvcc", "--version") or "not found").splitlines()[-1]
-    found["compute_sanitizer"] = run.tell("compute-sanitizer", "--version")
-    found["cores"] = os.cpu_count()
-    ok = bool(found["versions"].get("cuda_available"))
-    return found | {"state": state(ok)} | ({} if ok else {"why": "torch sees no CUDA device"})
-
-
-def build(run: Run) -> Result:
-    """As ``pip install`` builds it, then into the clone, from where the tests start processes."""
-    package, wheels = ROOT / "ranger_cuda", run.scratch / "wheel"
-    chosen = {"RANGER_CUDA_ARCHITECTURES": run.args.architectures or architecture(run)}
-    pip = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-v"]
-    limit = run.args.limits["build"]
-    result = run.command("build", [sys.executable, *pip, "-w", str(wheels), "."], limit, **chosen)
-    result["how"] = "pip"
-    if result["rc"] == 0:
-        with zipfile.ZipFile(next(wheels.glob("ranger_cuda*.whl"))) as wheel:
-            for name in wheel.namelist():
-                if re.fullmatch(r"ranger_cuda/_C[^/]*\.so", name):
-                    place(wheel.read(name), package / Path(name).name)
-    elif result["rc"] is not None:
-        result = {"pip": result, **build_with_cmake(run, chosen, limit)}
-    info = run.command("info", [sys.executable, "-m", "ranger_cuda", "info", "--json"], 120)
-    if info["rc"] != 0:
-        return result | {"state": "failed", "why": f"`python -m ranger_cuda info`: {info['why']}"}
-    result["info"] = json.loads(last_object((run.out / info["log"]).read_text()))
-    extension = result["info"]["extension"] or {}
-    result["cuda"] = extension.get("cuda")
-    device = extension.get("cuda_device", {})
-    ok = result["rc"] == 0 and bool(device.get("devices"))
-    cause = extension.get("cuda_reason") or device.get("error") or "there is no extension"
-    return result | {"state": state(ok)} | ({} if ok else {"why": result.get("why", cause)})
-
-
-def build_with_cmake(run: Run, chosen: dict[str, str], limit: float) -> Result:
-    """Where pip does not serve, for what its setuptools lacks."""
-    at = run.scratch / "cmake"
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(at)]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-D{name}={value}" for name, value in chosen.items()]
-    steps = (configure, ["cmake", "--build", str(at)])
-    for i, command in enumerate(steps):
-        result = run.command(f"build-cmake-{i}", command, limit) | {"how": "cmake"}
-        if result["rc"] != 0:
-            return result
-    for binary in at.glob("_C*.so"):
-        place(binary.read_bytes(), ROOT / "ranger_cuda" / binary.name)
-    return result
-
-
-def tests(run: Run) -> Result:
-    """The whole suite, a process for each file: some of them compile for minutes."""
-    begun = time.monotonic()
-    end = begun + run.args.limits["tests"]
-    options = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=100"]
-    options += ["--durations=10", "--color=no", *run.args.pytest]
-
-    def one(file: Path) -> Result:
-        command = [sys.executable, *options, str(file.relative_to(ROOT))]
-        return run.command(file.stem, command, max(end - time.monotonic(), 1.0))
-
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    with ThreadPoolExecutor(min(os.cpu_count() or 2, 16)) as pool:
-        found = dict(zip((file.name for file in files), pool.map(one, files), strict=True))
-    counts: Counter[str] = Counter()
-    failed, skipped = set(), Counter[str]()
-    for file in found.values():
-        log = (run.out / file["log"]).read_text(errors="replace")
-        outcomes = re.findall(
-            r"^(tests/\S+?::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", log, re.MULTILINE
-        )
-        counts.update(how for _, how in outcomes)
-        failed |= {name for name, how in outcomes if how in {"FAILED", "ERROR"}}
-        for number, why in re.findall(r"^SKIPPED \[(\d+)\] \S+: (.*)$", log, re.MULTILINE):
-            skipped[why] += int(number)
-    wrong = {name: file["why"] for name, file in found.items() if file["rc"] not in PYTEST_FINE}
-    result: Result = {"seconds": round(time.monotonic() - begun, 1), "counts": counts}
-    result |= {"failed": sorted(failed), "skipped": skipped, "files": found}
-    if wrong:
-        result["why"] = "; ".join(f"{name}: {why}" for name, why in wrong.items())
-    return result | {"state": state(not wrong)}
-
-
-def sanitizer(run: Run, tool: Sanitizer) -> Result:
-    """A short run of every kernel under one tool."""
-    found = shutil.which("compute-sanitizer", path=run.environment["PATH"])
-    if found is None:
-        return {"state": "skipped", "why": "compute-sanitizer is not on PATH or in /usr/local/cuda"}
-    command = [found, *tool.options, "--error-exitcode", "99", "--print-limit", "30"]
-    command += [sys.executable, str(HERE / "sanitized_run.py"), *tool.arguments]
-    limit = run.args.limits["sanitizer"]
-    result = run.command(f"sanitizer-{tool.name}", command, limit, **dict(tool.environment))
-    log = (run.out / result["log"]).read_text(errors="replace")
-    result["summary"] = re.findall(r"^=+ (.*SUMMARY.*)$", log, re.MULTILINE)
-    result["parts"] = re.findall(r"^(?:ok|FAILED) .*$", log, re.MULTILINE)
-    return result | {"state": state(result["rc"] == 0)}
-
-
-def benchmark(run: Run) -> Result:
-    """Times against the peers."""
-    out = run.out / "gpu-step-time.json"
-    limit = run.args.limits["benchmark"]
-    command = [sys.executable, str(HERE / "gpu_step_time.py"), "--out", str(out)]
-    command += ["--limit", str(limit - 80), *run.args.benchmark]
-    before = run.gpu()
-    result = run.command("benchmark", command, limit)
-    result |= {"gpu_before": before, "gpu_after": run.gpu()}
-    if out.exists():
-        result["lines"] = benchmark_lines(json.loads(out.read_text()))
-    return result | {"state": state(result["rc"] == 0)}
-
-
-def sweep(run: Run) -> Result:
-    """The choices of csrc/cuda/tables.h; only when it is asked for."""
-    command = [sys.executable, str(HERE / "sweep.py"), "--out", str(run.out / "sweep.json")]
-    command += ["--architectures", run.args.architectures or architecture(run), *run.args.sweep]
-    result = run.command("sweep", command, run.args.limits["sweep"])
-    return result | {"state": state(result["rc"] == 0)}
-
-
+Stage = Callable[[Job], Result]
 # Those that run at the same time; the benchmark has the machine to itself.
-STAGES: tuple[dict[str, Callable[[Run], Result]], ...] = (
-    {"environment": environment},
-    {"build": build},
+STAGES: tuple[dict[str, Stage], ...] = (
+    {"environment": gpu_stages.environment},
+    {"build": gpu_stages.build},
     {
-        "tests": tests,
+        "tests": gpu_stages.tests,
         **{
-            f"sanitizer-{tool.name}": lambda run, tool=tool: sanitizer(run, tool)
+            f"sanitizer-{tool.name}": functools.partial(gpu_stages.sanitizer, tool=tool)
             for tool in SANITIZERS
         },
     },
-    {"benchmark": benchmark},
-    {"sweep": sweep},
+    {"benchmark": gpu_stages.benchmark},
+    {"sweep": gpu_stages.sweep},
 )
-NAMES = ("environment", "build", "tests", "sanitizer", "benchmark", "sweep")
-DEFAULT = NAMES[:-1]
-LIMITS = {"build": 150.0, "tests": 210.0, "sanitizer": 200.0, "benchmark": 240.0, "sweep": 420.0}
+# Seconds of each stage.
+LIMITS = {
+    "environment": 40.0,
+    "build": 100.0,
+    "tests": 390.0,
+    "sanitizer": 390.0,
+    "benchmark": 390.0,
+    "sweep": 490.0,
+}
+DEFAULT = [name for name in LIMITS if name != "sweep"]
 
 
 def main() -> int:
     """Run the stages, keep and print what they found; 0 if all passed."""
     args = arguments()
     begun = time.monotonic()
-    signal.signal(signal.SIGTERM, leave)
-    run = Run(args)
+    commands = Commands(args.out, args.wheels)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, commands.stop)
     results: dict[str, Result] = {}
     try:
         for together in STAGES:
             chosen = {n: f for n, f in together.items() if n.split("-")[0] in args.only}
-            with ThreadPoolExecutor(max(len(chosen), 1)) as pool:
-                started = {n: pool.submit(attempt, f, run) for n, f in chosen.items()}
-                try:
-                    for name, future in started.items():
-                        results[name] = future.result()
-                        print(headline(name, results[name]), flush=True)
-                except BaseException:
-                    for process in list(run.running):
-                        stop(process)
-                    raise
-            save(run, results, begun)
+            if not chosen or commands.stopped_by is not None:
+                continue
+            with ThreadPoolExecutor(len(chosen)) as pool:
+                started: dict[Future[Result], str] = {}
+                for name, stage in chosen.items():
+                    end = time.monotonic() + args.limits[name.split("-")[0]]
+                    started[pool.submit(attempt, stage, Job(commands, args, end))] = name
+                for future in as_completed(started):
+                    name = started[future]
+                    results[name] = future.result()
+                    print(headline(name, results[name]), flush=True)
+                    whole = {"seconds": round(time.monotonic() - begun, 1), "stages": results}
+                    save(whole, args.out / "summary.json")
+                    commands.pack_logs()
     finally:
-        shutil.rmtree(run.scratch, ignore_errors=True)
+        commands.clean_up()
     print("\n".join(summary(results)))
-    print(f"\n{time.monotonic() - begun:.0f} s; everything is in {run.out}")
+    print(f"\n{time.monotonic() - begun:.0f} s; everything is in {args.out}")
+    if commands.stopped_by is not None:
+        return 128 + commands.stopped_by
     return 0 if all(result["state"] != "failed" for result in results.values()) else 1
 
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=DEFAULT, metavar="STAGE")
+    parser.add_argument("--only", nargs="+", choices=LIMITS, default=DEFAULT, metavar="STAGE")
     today = datetime.date.today().isoformat()
     out = Path(os.environ.get("OUT") or HERE / "results" / f"gpu-{today}")
     parser.add_argument(
@@ -371,93 +136,12 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-# --- helpers --------------------------------------------------------------------------------------
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group, gently at first."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-
-
-def leave(*_: object) -> None:
-    """For SIGTERM: stop what runs, too."""
-    raise SystemExit(143)
-
-
-def state(ok: bool) -> str:
-    """In a word."""
-    return "passed" if ok else "failed"
-
-
-def attempt(stage: Callable[[Run], Result], run: Run) -> Result:
+def attempt(stage: Stage, job: Job) -> Result:
     """A stage's result, even if the stage itself breaks."""
     try:
-        return stage(run)
+        return stage(job)
     except Exception as error:
         return {"state": "failed", "why": f"{type(error).__name__}: {error}"}
-
-
-def unpack(wheels: Path, site: Path) -> Path:
-    """Pure Python wheels are archives; unpacked, they need no pip and change no environment."""
-    for wheel in sorted(wheels.glob("*-none-any.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-    return site
-
-
-def place(binary: bytes, path: Path) -> None:
-    """A new file in place of the old: a process may have that mapped."""
-    new = path.with_suffix(".new")
-    new.write_bytes(binary)
-    new.chmod(0o755)
-    new.replace(path)
-
-
-def architecture(run: Run) -> str:
-    """Machine code for this GPU only; as for a Hopper where nvidia-smi says nothing."""
-    gpu = run.gpu() or {}
-    number = re.fullmatch(r"(\d+)\.(\d+)", gpu.get("compute_cap", ""))
-    return f"{number[1]}{number[2]}-real" if number else "90-real"
-
-
-def last_object(text: str) -> str:
-    """The JSON object that a command printed, after whatever was warned of before."""
-    return text[text.index("{\n") :]
-
-
-def benchmark_lines(result: Result) -> list[str]:
-    """A line for each workload: ours, and how many times longer some others take."""
-    lines = [f"copy: {result['copy']['gb_per_s']:.0f} GB/s"]
-    for name, found in result["workloads"].items():
-        rows = found.get("rows", {})
-        ours = rows.get("ranger", {})
-        if "ms" not in ours:
-            lines.append(f"{name:<22} not measured: {found.get('missing') or ours.get('missing')}")
-            continue
-        of_copy = ours["gb_per_s"] / result["copy"]["gb_per_s"]
-        others = {
-            who: f"{1 / row['ratio']:.2f}"
-            for who, row in rows.items()
-            if who != "ranger" and "ratio" in row
-        }
-        replayed = found.get("graph", {}).get("ranger", {}).get("ms")
-        lines.append(
-            f"{name:<22} {ours['ms']:.4f} ms ({of_copy:.1%} of copy), host {ours['host_ms']:.4f} ms"
-            + (f", graph {replayed:.4f} ms" if replayed else "")
-            + (f"; NOT VERIFIED: {found['verified']}" if found["verified"] != "yes" else "")
-        )
-        lines.append(f"{'':<22} " + ", ".join(f"{who} {x}" for who, x in others.items()))
-    return [*lines, "promises:", *result.get("promises", ["  the benchmark did not end"])]
-
-
-def save(run: Run, results: dict[str, Result], begun: float) -> None:
-    """Keep what there is so far."""
-    whole = {"seconds": round(time.monotonic() - begun, 1), "stages": results}
-    (run.out / "summary.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def headline(name: str, result: Result) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Parameter
@@ -29,20 +30,24 @@ from torch.profiler import ProfilerActivity, profile
 import ranger_cuda
 from contestants import CONTESTANTS, Contestant, Step, contestants_on, step_of
 from machine import processor
+from result_file import save
 from workloads import CPU_DEFAULT, FLAT, WORKLOADS, Shapes, random_tensors
 
 OURS = "ranger"
+ADAMW = "torch AdamW fused"
 CYCLE = 6  # Lookahead's period: every sample has as many syncs as every other
 WARM_UP = 2 * CYCLE  # past the rectification boundary, and two syncs
+# Elements up to which new gradients are measured, too: beyond, a step waits for memory.
+MOST_TO_RENEW = 2**23
 MOST_TENSORS_TO_COMPILE = 200  # torch.compile takes over eight minutes for a step over 1,000
 
 # (workload, other): at most this fraction of the other's time.
 PROMISES = {
-    ("64 x 1024^2", "torch AdamW fused"): 1.0,
+    ("64 x 1024^2", ADAMW): 1.0,
     ("64 x 1024^2", "optimi Ranger"): 1 / 2,
     ("64 x 1024^2", "pytorch-optimizer Ranger"): 1 / 4,
-    ("1000 x 64^2", "torch AdamW fused"): 1 / 3,
-    ("1000 x 1", "torch AdamW fused"): 1 / 15,
+    ("1000 x 64^2", ADAMW): 1 / 3,
+    ("1000 x 1", ADAMW): 1 / 15,
 }
 
 
@@ -56,9 +61,7 @@ def main() -> int:
     for name in args.workloads or CPU_DEFAULT:
         result["workloads"][name] = measure(name, device, args)
         print(as_table(name, result["workloads"][name]), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.out)
     if args.compare:
         print(comparison(json.loads(args.compare.read_text()), result))
     return check(result) if args.check else 0
@@ -78,12 +81,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Ready(NamedTuple):
+    """A contestant, warmed up."""
+
+    step: Step
+    params: list[Parameter]
+
+
 def measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """One workload: every contestant verified, warmed up, then timed in turn."""
     shapes, flat = WORKLOADS[name], name in FLAT
     verify(shapes[: len(shapes) // 20 + 1], device, flat)
     gradients = random_tensors(shapes, device, flat)
-    steps: dict[str, Step] = {}
+    ready: dict[str, Ready] = {}
     rows: dict[str, dict[str, Any]] = {}
     for contestant in contestants_on(device):
         if contestant.name in args.skip:
@@ -93,38 +103,57 @@ def measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[s
             rows[contestant.name] = {"missing": reason}
             continue
         try:
-            steps[contestant.name] = prepare(contestant, gradients, flat)
+            ready[contestant.name] = prepare(contestant, gradients, flat)
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             rows[contestant.name] = {"missing": f"{reason} (pip install {contestant.package})"}
             continue
-        rows[contestant.name] = {"bytes_allocated": allocated(steps[contestant.name])}
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+        rows[contestant.name] = {"bytes_allocated": allocated(ready[contestant.name].step)}
+    kept: dict[str, list[float]] = {name: [] for name in ready}
+    fresh: dict[str, list[float]] = {name: [] for name in ready}
     gc.collect()
     gc.disable()
     for _ in range(args.rounds):
-        for name, step in steps.items():
-            samples[name].append(sample(step))
+        for name, runner in ready.items():
+            kept[name].append(sample(runner))
+        if sum(map(math.prod, shapes)) <= MOST_TO_RENEW:
+            for name, runner in ready.items():
+                fresh[name].append(sample(runner, gradients))
     gc.enable()
-    for name, taken in samples.items():
-        low, middle, high = quantiles(taken, n=4)
-        ratios = [ours / theirs for ours, theirs in zip(samples[OURS], taken, strict=True)]
-        rows[name] |= {"ms": middle, "ms_quartiles": [low, high], "ratio": median(ratios)}
+    for name in ready:
+        rows[name] |= in_short(name, kept)
+        if fresh[name]:
+            rows[name]["fresh"] = in_short(name, fresh)
     return rows
 
 
-def prepare(contestant: Contestant, gradients: list[torch.Tensor], flat: bool = False) -> Step:
+def in_short(name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Median, quartiles and ratios of a contestant's samples."""
+    low, middle, high = quantiles(samples[name], n=4)
+    return {"ms": middle, "ms_quartiles": [low, high], **ratios(name, samples)}
+
+
+def ratios(name: str, samples: dict[str, list[float]]) -> dict[str, float]:
+    """Round by round: our time over a contestant's, and its over that of torch's fused AdamW."""
+    found = {}
+    for key, above, below in (("ratio", OURS, name), ("of_adamw", name, ADAMW)):
+        pairs = list(zip(samples.get(above, []), samples.get(below, []), strict=False))
+        if pairs:
+            found[key] = median(a / b for a, b in pairs)
+    return found
+
+
+def prepare(contestant: Contestant, gradients: list[torch.Tensor], flat: bool = False) -> Ready:
     """Build, warm up, and see that the steps did something finite."""
     shapes = [tuple(gradient.shape) for gradient in gradients]
     params = [Parameter(t) for t in random_tensors(shapes, gradients[0].device, flat)]
     before = [param.detach().flatten()[:8].clone() for param in params]
-    for param, gradient in zip(params, gradients, strict=True):
-        param.grad = gradient
+    give(params, gradients)
     step = step_of(contestant, contestant.build(params))
     for _ in range(WARM_UP):
         step()
     check_moved(contestant, params, before)
-    return step
+    return Ready(step, params)
 
 
 def check_moved(
@@ -158,15 +187,37 @@ def verify(
             raise AssertionError(f"the step of backend={backend!r} differs from the reference")
 
 
-def sample(step: Step) -> float:
+def sample(runner: Ready, to_renew: list[torch.Tensor] | None = None) -> float:
     """Milliseconds of one step, over a whole Lookahead cycle; one before it brings the contestant's
-    own memory back into the caches, from which the one before drove it out."""
-    for _ in range(CYCLE):
-        step()
-    begun = time.perf_counter()
-    for _ in range(CYCLE):
-        step()
-    return (time.perf_counter() - begun) * 1e3 / CYCLE
+    own memory back into the caches, from which the one before drove it out.
+
+    Args:
+        to_renew: gradients, of which each step is given copies; None: it has those of before.
+    """
+    seconds = []
+    for _ in range(2 * CYCLE):
+        if to_renew is not None:
+            renew(runner.params, to_renew)
+        begun = time.perf_counter()
+        runner.step()
+        seconds.append(time.perf_counter() - begun)
+    if to_renew is not None:
+        give(runner.params, to_renew)
+    return sum(seconds[CYCLE:]) * 1e3 / CYCLE
+
+
+def give(params: list[Parameter], gradients: list[torch.Tensor]) -> None:
+    """Gradients that all contestants share."""
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient
+
+
+def renew(params: list[Parameter], gradients: list[torch.Tensor]) -> None:
+    """New gradient tensors, made as a backward pass makes them after ``zero_grad``."""
+    for param in params:
+        param.grad = None
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient.clone()
 
 
 def allocated(step: Step) -> int:
@@ -211,17 +262,27 @@ def run(*command: str) -> str | None:
 
 def as_table(name: str, rows: dict[str, dict[str, Any]]) -> str:
     """One workload for a person; the factor is the other's time over ours."""
-    lines = [f"\n{name}: step time, median [quartiles]; how much faster {OURS} is; bytes allocated"]
+    lines = [
+        f"\n{name}: step time, median [quartiles]; how much faster {OURS} is; time over that of "
+        f"{ADAMW}; bytes allocated"
+    ]
     for contestant, row in rows.items():
         if "missing" in row:
             lines.append(f"  {contestant:<26} not measured: {row['missing']}")
             continue
-        low, high = row["ms_quartiles"]
-        lines.append(
-            f"  {contestant:<26} {row['ms']:9.3f} ms [{low:.3f}, {high:.3f}]"
-            f"{1 / row['ratio']:8.2f} x  {row['bytes_allocated']:>12,} B"
-        )
+        lines.append(f"{as_line(contestant, row)}  {row['bytes_allocated']:>12,} B")
+        if "fresh" in row:
+            lines.append(as_line("  new gradients", row["fresh"]))
     return "\n".join(lines)
+
+
+def as_line(who: str, row: dict[str, Any]) -> str:
+    """A contestant's times and ratios."""
+    low, high = row["ms_quartiles"]
+    return (
+        f"  {who:<26} {row['ms']:9.3f} ms [{low:.3f}, {high:.3f}]"
+        f"{1 / row.get('ratio', math.nan):8.2f} x {row.get('of_adamw', math.nan):7.3f}"
+    )
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:

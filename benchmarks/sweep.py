@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -28,8 +29,9 @@ from torch.nn import Parameter
 
 import ranger_cuda
 from contestants import RANGER_BYTES
-from gpu_step_time import attempt, capture, copy_bandwidth, free_memory, gpu_state, save, stopwatch
+from gpu_device import attempt, capture, copy_bandwidth, free_memory, gpu_state, stopwatch
 from ranger_cuda import support
+from result_file import save
 from step_time import CYCLE, environment, verify
 from workloads import FLAT, WORKLOADS, random_tensors
 
@@ -82,11 +84,12 @@ def main() -> int:
     result["copy"] = copy_bandwidth(device)
     result["workloads"] = {}
     for name in args.workloads:
-        rows = time_builds(name, modules, device, args.rounds)
-        free_memory()
+        rows: dict[Choice, dict[str, Any]] = {choice: {"samples": []} for choice in modules}
         result["workloads"][name] = {str(choice): row for choice, row in rows.items()}
+        for _ in time_builds(name, modules, rows, device, args.rounds):
+            save(result, args.out)
+        free_memory()
         print(as_table(name, rows, result["copy"]), flush=True)
-        save(result, args.out)
     result["gpu_after"] = gpu_state(device)
     save(result, args.out)
     wrong = {name: why for name, why in result["verified"].items() if why != "yes"}
@@ -196,22 +199,25 @@ class Bench:
 
 
 def time_builds(
-    name: str, modules: dict[Choice, ModuleType], device: torch.device, rounds: int
-) -> dict[Choice, dict[str, Any]]:
-    """Medians of each build's samples."""
+    name: str,
+    modules: dict[Choice, ModuleType],
+    rows: dict[Choice, dict[str, Any]],
+    device: torch.device,
+    rounds: int,
+) -> Iterator[None]:
+    """Each build's samples and their median into ``rows``; yields after every round."""
     bench = Bench(name, device)
-    rows: dict[Choice, dict[str, Any]] = {choice: {"samples": []} for choice in modules}
     for _ in range(rounds):
         for choice, module in modules.items():
             if "missing" not in rows[choice]:
                 taken = attempt(rows[choice], functools.partial(bench.sample, module))
                 if taken is not None:
                     rows[choice]["samples"].append(taken)
-    for row in rows.values():
-        if row["samples"]:
-            row["ms"] = median(row["samples"])
-            row["gb_per_s"] = RANGER_BYTES * bench.parameters / row["ms"] / 1e6
-    return rows
+        for row in rows.values():
+            if row["samples"]:
+                row["ms"] = median(row["samples"])
+                row["gb_per_s"] = RANGER_BYTES * bench.parameters / row["ms"] / 1e6
+        yield
 
 
 def as_table(name: str, rows: dict[Choice, dict[str, Any]], copy: dict[str, Any]) -> str:

@@ -2,19 +2,30 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "cpu/launch.h"
 #include "cuda/device.h"
 #include "cuda/error.h"
-#include "cuda/tables.h"
-#include "step_plan.h"
+#include "cuda/launch.h"
+#include "roster.h"
 
 namespace py = pybind11;
 
 namespace ranger {
 namespace {
+
+// --- what comes from Python ----------------------------------------------------------------------
 
 // The fields of ranger_cuda.hyperparameters.Hyperparameters, in its order.
 Hyperparameters to_hyperparameters(const py::tuple& fields) {
@@ -29,8 +40,10 @@ Hyperparameters to_hyperparameters(const py::tuple& fields) {
     kK,
     kMaxGradNorm,
     kDecoupled,
-    kMaximize
+    kMaximize,
+    kCount
   };
+  if (fields.size() != kCount) throw py::value_error("a group has eleven hyperparameters");
   const auto number = [&](int i) { return fields[i].cast<double>(); };
   return {number(kLr),
           number(kBeta1),
@@ -45,19 +58,319 @@ Hyperparameters to_hyperparameters(const py::tuple& fields) {
           fields[kMaximize].cast<bool>()};
 }
 
-// The fields of ranger_cuda.scaling.Signals.
-StepPlan::Signals to_signals(const py::tuple& fields) {
-  return {fields[0], fields[1], fields[2], fields[3].cast<std::vector<py::object>>()};
-}
-
-void launch(StepPlan& plan, const py::sequence& groups, double unscale, double norm,
-            const py::sequence& devices, int num_threads) {
+std::vector<Hyperparameters> to_groups(const py::sequence& groups) {
   std::vector<Hyperparameters> hypers;
   for (py::handle group : groups) hypers.push_back(to_hyperparameters(group.cast<py::tuple>()));
-  std::vector<StepPlan::Signals> signals;
-  for (py::handle device : devices) signals.push_back(to_signals(device.cast<py::tuple>()));
-  plan.launch(hypers, {unscale, norm}, signals, num_threads);
+  return hypers;
 }
+
+cuda::DeviceScalar to_scalar(const py::object& tensor, const TensorExchange& exchange,
+                             int32_t device) {
+  if (tensor.is_none()) return {};
+  DLTensor found;
+  const bool is_there = exchange.describe(tensor.ptr(), &found) && data_of(found) != nullptr;
+  if (!is_there || !dtype_of(found) || found.device.device_type != cuda::kDeviceType ||
+      found.device.device_id != device || count_elements(shape_of(found)) != 1) {
+    throw py::value_error("a step's scalar must be one float32 or float64 on the step's device");
+  }
+  return {data_of(found), dtype_of(found) == DType::kFloat64};
+}
+
+// The fields of ranger_cuda.scaling.Signals.
+cuda::Signals to_signals(const py::tuple& fields, size_t groups, const TensorExchange& exchange,
+                         int32_t device) {
+  if (fields.size() != 4) throw py::value_error("signals are four");
+  const auto scalar = [&](const py::object& tensor) { return to_scalar(tensor, exchange, device); };
+  cuda::Signals signals = {scalar(fields[0]), scalar(fields[1]), scalar(fields[2]), {}};
+  for (py::handle lr : fields[3].cast<py::sequence>()) {
+    signals.lr.push_back(scalar(py::reinterpret_borrow<py::object>(lr)));
+  }
+  if (signals.lr.size() != groups) {
+    throw py::value_error("there must be a learning rate, or None, for each group");
+  }
+  return signals;
+}
+
+// --- launchers ------------------------------------------------------------------------------------
+
+// A launcher as Python holds it: whatever is wrong with a call raises before anything is launched.
+template <class Launcher>
+class Bound {
+ public:
+  Bound(Rule rule, int32_t index, int device_type, Launcher launcher)
+      : launcher_(std::move(launcher)), rule_(rule), index_(index), device_type_(device_type) {
+    if (index < 0) throw py::value_error("a launcher's index is at least 0");
+  }
+  // Freeing a device's memory waits for the device, and other threads need not.
+  ~Bound() {
+    const py::gil_scoped_release released;
+    const Launcher gone = std::move(launcher_);
+  }
+  Bound(const Bound&) = delete;
+  Bound& operator=(const Bound&) = delete;
+
+  void prepare(Roster& roster) {
+    const Roster::Use use(roster);
+    const InUse in_use(in_use_);
+    prepare_rows(roster);
+  }
+
+  // Calls `run(launcher)` for a step of so many groups.
+  template <class Run>
+  void launch(Roster& roster, size_t groups, const Run& run) {
+    const Roster::Use use(roster);
+    const InUse in_use(in_use_);
+    launch_rows(roster, groups, run);
+  }
+
+  // All of a step whose rows are all this launcher's, without another thread in between; nothing of
+  // it if collect() leaves any.
+  template <class Run>
+  py::list step(Roster& roster, const py::sequence& param_groups, const py::dict& state,
+                const py::object& moved, size_t groups, const Run& run) {
+    const InUse in_use(in_use_);
+    const py::list rest = roster.collect(param_groups, state, moved, false);
+    if (!rest.empty()) return rest;
+    const Roster::Use use(roster);
+    prepare_rows(roster);
+    if (is_large(roster)) roster.hold_memory();  // others may run while it works
+    launch_rows(roster, groups, run);
+    return rest;
+  }
+
+  // Calls `run(launcher)` for a swap.
+  template <class Run>
+  void swap(Roster& roster, const Run& run) {
+    const Roster::Use use(roster);
+    const InUse in_use(in_use_);
+    require_prepared(roster);
+    for (const TensorRow& row : roster.rows().rows) {
+      if (row.launcher == index_ && !(row.active && has(row, {kParam, kSlowParam}))) {
+        throw py::value_error("a swap comes after pair()");
+      }
+    }
+    const py::gil_scoped_release released;
+    run(launcher_);
+  }
+
+  const Launcher& launcher() const { return launcher_; }
+
+ private:
+  // Other threads may run while a launcher works.
+  struct InUse {
+    explicit InUse(bool& flag) : flag(flag) {
+      if (flag) throw std::runtime_error("the launcher is in use, in another thread");
+      flag = true;
+    }
+    ~InUse() { flag = false; }
+    bool& flag;
+  };
+
+  void prepare_rows(const Roster& roster) {
+    for (const TensorRow& row : roster.rows().rows) {
+      if (row.launcher == index_ && row.device_type != device_type_) {
+        throw py::value_error("rows of this launcher are on another device");
+      }
+    }
+    launcher_.prepare(roster.rows());
+  }
+
+  template <class Run>
+  void launch_rows(const Roster& roster, size_t groups, const Run& run) {
+    require_prepared(roster);
+    if (static_cast<size_t>(roster.group_count()) != groups) {
+      throw py::value_error("there must be hyperparameters for each group");
+    }
+    for (const TensorRow& row : roster.rows().rows) {
+      if (row.active && row.launcher == index_ && !is_complete(row)) {
+        throw py::value_error("a row lacks a tensor that this launcher's rule needs");
+      }
+    }
+    if (!roster.holds_memory()) {
+      run(launcher_);
+      return;
+    }
+    const py::gil_scoped_release released;
+    run(launcher_);
+  }
+
+  // Whether letting other threads run is worth what holding the memory costs, about a microsecond a
+  // tensor.
+  static bool is_large(const Roster& roster) {
+    constexpr int64_t kElements = 65536;  // of a row, on average
+    int64_t elements = 0;
+    int64_t count = 0;
+    for (const TensorRow& row : roster.rows().rows) {
+      elements += row.active ? row.numel : 0;
+      count += row.active;
+    }
+    return elements > kElements * count;
+  }
+
+  void require_prepared(const Roster& roster) const {
+    if (!roster.is_collected() || launcher_.prepared_version() != roster.rows().version) {
+      throw std::runtime_error("a launch comes after collect() and prepare()");
+    }
+  }
+  static bool has(const TensorRow& row, std::initializer_list<Stream> streams) {
+    const auto is_there = [&](Stream stream) { return row.data[stream] != nullptr; };
+    return row.numel == 0 || std::all_of(streams.begin(), streams.end(), is_there);
+  }
+  bool is_complete(const TensorRow& row) const {
+    return row.step != nullptr &&
+           (rule_ == Rule::kRadam ? has(row, {kParam, kGrad, kExpAvg, kExpAvgSq})
+                                  : has(row, {kParam, kSlowParam}));
+  }
+
+  Launcher launcher_;
+  Rule rule_;
+  int32_t index_;
+  int device_type_;
+  bool in_use_ = false;
+};
+
+using CpuLauncher = Bound<cpu::Launcher>;
+using CudaLauncher = Bound<cuda::Launcher>;
+
+void require_threads(int num_threads) {
+  constexpr int kMost = 4096;
+  if (num_threads < 1 || num_threads > kMost) {
+    throw py::value_error("num_threads must be from 1 to " + std::to_string(kMost));
+  }
+}
+
+// What the CPU's launcher is told of a step.
+struct CpuStep {
+  CpuStep(const py::sequence& hypers, double unscale, double norm, int num_threads)
+      : groups(to_groups(hypers)), signals{unscale, norm}, num_threads(num_threads) {
+    require_threads(num_threads);
+  }
+
+  std::vector<Hyperparameters> groups;
+  cpu::Signals signals;
+  int num_threads;
+};
+
+void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& hypers,
+                   double unscale, double norm, int num_threads) {
+  const CpuStep told(hypers, unscale, norm, num_threads);
+  launcher.launch(roster, told.groups.size(), [&](cpu::Launcher& its) {
+    its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+  });
+}
+
+py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& param_groups,
+                     const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                     double unscale, double norm, int num_threads) {
+  const CpuStep told(hypers, unscale, norm, num_threads);
+  return launcher.step(
+      roster, param_groups, state, moved, told.groups.size(), [&](cpu::Launcher& its) {
+        its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+      });
+}
+
+void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
+  require_threads(num_threads);
+  launcher.swap(roster, [&](cpu::Launcher& its) { its.swap(roster.rows(), num_threads); });
+}
+
+// What a CUDA device's launcher is told of a step.
+struct CudaStep {
+  CudaStep(const py::sequence& hypers, const py::tuple& fields, const Roster& roster,
+           int32_t device)
+      : groups(to_groups(hypers)),
+        signals(to_signals(fields, groups.size(), roster.exchange(), device)),
+        stream(roster.exchange().current_stream(device)) {}
+
+  std::vector<Hyperparameters> groups;
+  cuda::Signals signals;
+  void* stream;
+};
+
+void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& hypers,
+                    const py::tuple& signals) {
+  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
+  launcher.launch(roster, told.groups.size(), [&](cuda::Launcher& its) {
+    its.launch(roster.rows(), told.groups, told.signals, told.stream);
+  });
+}
+
+py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& param_groups,
+                      const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                      const py::tuple& signals) {
+  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
+  return launcher.step(
+      roster, param_groups, state, moved, told.groups.size(), [&](cuda::Launcher& its) {
+        its.launch(roster.rows(), told.groups, told.signals, told.stream);
+      });
+}
+
+void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
+  void* const stream = roster.exchange().current_stream(launcher.launcher().device());
+  launcher.swap(roster, [&](cuda::Launcher& its) { its.swap(stream); });
+}
+
+// --- what the roster tells launchers in Python ------------------------------------------------------
+
+// (numel, is_float64, group, the step count's address, sizes, each stream's address and strides); 0
+// for a stream that is not there, and for the gradient. Sizes and strides are empty where all streams
+// are consecutive.
+py::list rows_of(const Roster& roster, int32_t launcher) {
+  static const Layout kNone;
+  py::list told;
+  for (const TensorRow& row : roster.rows().rows) {
+    if (row.launcher != launcher) continue;
+    std::vector<uintptr_t> addresses;
+    for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
+    addresses[kGrad] = 0;
+    const Layout& layout = row.layout ? *row.layout : kNone;
+    told.append(py::make_tuple(row.numel, row.dtype == DType::kFloat64, row.group,
+                               reinterpret_cast<uintptr_t>(row.step), layout.sizes, addresses,
+                               layout.strides));
+  }
+  return told;
+}
+
+// Of the same rows the addresses of their gradients: 0 where one rests, 1 where none is read.
+py::list gradients_of(const Roster& roster, int32_t launcher) {
+  py::list told;
+  for (const TensorRow& row : roster.rows().rows) {
+    if (row.launcher != launcher) continue;
+    const auto address = reinterpret_cast<uintptr_t>(row.data[kGrad]);
+    told.append(!row.active ? uintptr_t{0} : std::max(address, uintptr_t{1}));
+  }
+  return told;
+}
+
+// --- interrupts -------------------------------------------------------------------------------------
+
+// Python runs the handlers of signals at a function's first instruction, where no `try` of its own
+// is yet. What this returns calls `function` again, ignoring its arguments, until `is_done()`, and
+// then raises what was first raised.
+py::cpp_function insist(const py::function& function, const py::function& is_done) {
+  return py::cpp_function([=](const py::args&) {
+    std::optional<py::error_already_set> first;
+    for (bool done = false; !done;) {
+      try {
+        function();
+        done = true;
+      } catch (py::error_already_set& error) {
+        if (!first) first.emplace(error);
+      }
+      while (!done) {
+        try {
+          done = is_done().cast<bool>();
+          break;
+        } catch (py::error_already_set& error) {
+          if (!first) first.emplace(error);
+        }
+      }
+    }
+    if (first) throw py::error_already_set(*first);
+  });
+}
+
+// --- for tests, and for `info` ------------------------------------------------------------------------
 
 py::tuple schedule_of(const py::tuple& fields, int64_t step) {
   const Schedule s = schedule(to_hyperparameters(fields), step);
@@ -109,31 +422,52 @@ PYBIND11_MODULE(_C, module) {
   py::register_local_exception<cuda::Error>(module, "CudaError", PyExc_RuntimeError);
   py::register_local_exception<cuda::OutOfMemory>(module, "CudaOutOfMemoryError", base);
 
-  py::class_<StepPlan> plan(module, "StepPlan", py::module_local());
-  py::enum_<StepPlan::Rule>(plan, "Rule", py::module_local())
-      .value("RADAM", StepPlan::Rule::kRadam)
-      .value("LOOKAHEAD", StepPlan::Rule::kLookahead);
-  plan.def(py::init<StepPlan::Rule, py::capsule, py::object, py::object>(), py::arg("rule"),
-           py::arg("exchange_api"), py::arg("plain"), py::arg("plain_grad"))
-      .def("add_row", &StepPlan::add_row, py::arg("param"), py::arg("group"), py::arg("name"),
-           py::arg("backend"), py::arg("state"), py::arg("streams"), py::arg("step_name"))
-      .def("add_idle", &StepPlan::add_idle, py::arg("param"), py::arg("group"))
-      .def("add_foreign", &StepPlan::add_foreign, py::arg("param"), py::arg("group"))
-      .def("finish", &StepPlan::finish, py::arg("optimizer_state"))
-      .def("collect", &StepPlan::collect, py::arg("param_groups"), py::arg("optimizer_state"),
-           py::arg("moved") = py::none())
-      .def("devices", &StepPlan::devices)
-      .def("has_cpu_rows", &StepPlan::has_cpu_rows)
-      .def("launch", &launch, py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
-           py::arg("signals"), py::arg("num_threads"))
-      .def("rows", &StepPlan::rows)
-      .def("gradients", &StepPlan::gradients)
-      .def("layout_changes", &StepPlan::layout_changes)
-      .def("hold", &StepPlan::hold)
-      .def("moved", &StepPlan::moved)
-      .def("release", &StepPlan::release)
-      .def("swap", &StepPlan::swap, py::arg("num_threads"));
+  py::enum_<Rule>(module, "Rule", py::module_local())
+      .value("RADAM", Rule::kRadam)
+      .value("LOOKAHEAD", Rule::kLookahead);
 
+  py::class_<Roster>(module, "Roster", py::module_local())
+      .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object>(),
+           py::arg("exchange_api"), py::arg("streams"), py::arg("step_name"), py::arg("dtensor"),
+           py::arg("plain"), py::arg("plain_grad"))
+      .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"))
+      .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
+           py::arg("moved") = py::none(), py::arg("hold") = false)
+      .def("pair", &Roster::pair, py::arg("params"), py::arg("slow_params"))
+      .def("release", &Roster::release)
+      .def("moved", &Roster::moved)
+      .def_property_readonly("version", [](const Roster& roster) { return roster.rows().version; })
+      .def_property_readonly("group_count", &Roster::group_count)
+      .def("rows", &rows_of, py::arg("launcher"))
+      .def("gradients", &gradients_of, py::arg("launcher"));
+
+  py::class_<CpuLauncher>(module, "CpuLauncher", py::module_local())
+      .def(py::init([](Rule rule, int32_t index) {
+             return std::make_unique<CpuLauncher>(rule, index, kDLCPU, cpu::Launcher(rule, index));
+           }),
+           py::arg("rule"), py::arg("index"))
+      .def("prepare", &CpuLauncher::prepare, py::arg("roster"))
+      .def("launch", &launch_on_cpu, py::arg("roster"), py::arg("hypers"), py::arg("unscale"),
+           py::arg("norm"), py::arg("num_threads"))
+      .def("step", &step_on_cpu, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
+           py::arg("moved"), py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
+           py::arg("num_threads"))
+      .def("swap", &swap_on_cpu, py::arg("roster"), py::arg("num_threads"));
+
+  py::class_<CudaLauncher>(module, "CudaLauncher", py::module_local())
+      .def(py::init([](Rule rule, int32_t index, int32_t device) {
+             return std::make_unique<CudaLauncher>(rule, index, cuda::kDeviceType,
+                                                   cuda::Launcher(rule, index, device));
+           }),
+           py::arg("rule"), py::arg("index"), py::arg("device"))
+      .def("prepare", &CudaLauncher::prepare, py::arg("roster"))
+      .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"))
+      .def("step", &step_on_cuda, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
+           py::arg("moved"), py::arg("hypers"), py::arg("signals"))
+      .def("swap", &swap_on_cuda, py::arg("roster"));
+
+  module.def("insist", &insist, py::arg("function"), py::arg("is_done"),
+             "A function that calls another to its end, whatever interrupts it.");
   module.def("schedule", &schedule_of, py::arg("hyper"), py::arg("step"),
              "The scalars of one step, for tests against ranger_cuda.schedule.");
   module.def("table_layout", &table_layout, "The device tables, for tests against Triton's.");

@@ -1,6 +1,7 @@
 #include "tensor_exchange.h"
 
 #include <algorithm>
+#include <string>
 
 namespace py = pybind11;
 
@@ -24,24 +25,21 @@ TensorExchange::TensorExchange(const py::capsule& capsule)
   }
 }
 
-DLTensor TensorExchange::describe(PyObject* tensor) const {
-  DLTensor description;
-  if (api_->dltensor_from_py_object_no_sync(tensor, &description) != 0) {
-    throw py::error_already_set();
-  }
-  return description;
-}
-
-bool TensorExchange::try_describe(PyObject* tensor, DLTensor* description) const {
+bool TensorExchange::describe(PyObject* tensor, DLTensor* description) const {
   if (api_->dltensor_from_py_object_no_sync(tensor, description) == 0) return true;
   PyErr_Clear();
   return false;
 }
 
 void* TensorExchange::current_stream(int32_t device) const {
+#if defined(RANGER_EMULATE_CUDA)
+  static_cast<void>(device);  // a torch without a GPU has none to ask for
+  return nullptr;
+#else
   void* stream = nullptr;
   if (api_->current_work_stream(kDLCUDA, device, &stream) != 0) throw py::error_already_set();
   return stream;
+#endif
 }
 
 std::optional<DType> dtype_of(const DLTensor& tensor) {
@@ -51,27 +49,16 @@ std::optional<DType> dtype_of(const DLTensor& tensor) {
   return std::nullopt;
 }
 
-TensorKey::TensorKey(const DLTensor& tensor)
-    : data_(data_of(tensor)),
-      dtype_(tensor.dtype),
-      device_(tensor.device),
-      shape_and_strides_(tensor.shape, tensor.shape + tensor.ndim) {
-  shape_and_strides_.insert(shape_and_strides_.end(), tensor.strides, tensor.strides + tensor.ndim);
+bool same_device(const DLTensor& a, const DLTensor& b) {
+  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
 }
 
-bool TensorKey::same_kind(const DLTensor& tensor) const {
-  return tensor.dtype.code == dtype_.code && tensor.dtype.bits == dtype_.bits &&
-         same_device(tensor);
+bool same_dtype(const DLTensor& a, const DLTensor& b) {
+  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
 }
 
-bool TensorKey::same_shape(const DLTensor& tensor) const {
-  return static_cast<size_t>(tensor.ndim) * 2 == shape_and_strides_.size() &&
-         std::equal(tensor.shape, tensor.shape + tensor.ndim, shape_and_strides_.begin());
-}
-
-bool TensorKey::same_layout(const DLTensor& tensor) const {
-  return same_shape(tensor) && std::equal(tensor.strides, tensor.strides + tensor.ndim,
-                                          shape_and_strides_.begin() + tensor.ndim);
+bool same_sizes(const DLTensor& a, const DLTensor& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
 }  // namespace ranger

@@ -4,6 +4,7 @@ parameter's dtype, which would make float32 moments and slow weights of a bfloat
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -86,7 +87,11 @@ def check_values(state: dict[str, Any], param: Tensor, key: Any) -> None:
 
 def restore_state(param: Tensor, saved: Shielded) -> dict[str, Any]:
     """The state of ``param``: on its device, and each tensor in the precision it is kept in."""
-    return {name: restore_value(param, name, value) for name, value in saved.state.items()}
+    # Names that were read from a file are not the interned ones, which are compared faster.
+    return {
+        sys.intern(str(name)): restore_value(param, name, value)
+        for name, value in saved.state.items()
+    }
 
 
 def restore_value(param: Tensor, name: str, value: Any) -> Any:

@@ -1,43 +1,40 @@
 """From an optimizer's groups and state to the backends that move its parameters.
 
-A step is two calls. ``collect`` finds the parameters that move, checks them and creates missing
-state; whatever is wrong raises here, before anything is changed. ``launch`` moves them.
+A step is two calls. ``collect`` finds the parameters that move and checks them; whatever is wrong
+raises here, before anything is changed. ``launch`` moves them.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from . import support
 from .backends import reference
-from .backends.python_plan import PythonPlan
 from .backends.reference import Row
-from .backends.triton_plan import TritonPlan
 from .hyperparameters import Hyperparameters
-from .scaling import NO_SCALING, Scaling, Signals
+from .interrupts import Deferred
+from .native import Groups, Native, State, Told
+from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
+    check_allocated,
     check_param,
     check_state,
     is_capturing,
     is_count,
     local,
     on_accelerator,
-    overlapping,
     plain,
     plain_grad,
 )
 
-Groups = list[dict[str, Any]]
-State = dict[Tensor, dict[str, Any]]
 NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
 
 
@@ -58,10 +55,13 @@ def members(param_groups: Groups) -> Iterator[Member]:
             yield Member(param, i, name)
 
 
+ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
+
+
 class Rule(NamedTuple):
     """What a backend does with a parameter that moves."""
 
-    name: str  # of ranger_cuda._C.StepPlan.Rule
+    name: str  # of ranger_cuda._C.Rule
     step_name: str  # the state that counts steps
     streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
@@ -74,110 +74,187 @@ LOOKAHEAD = Rule(
 )
 
 
-def _movers(moved: list[bool] | None) -> Callable[[int, Tensor], bool]:
-    """Whether the parameter at a position moves; see :meth:`Dispatcher.collect`."""
-    if moved is None:
-        return lambda position, param: param.grad is not None
-    return lambda position, param: moved[position]
+class _Step:
+    """What moves in one step, as far as Python deals with it."""
 
-
-class _Completion:
-    """Checks parameters one by one, and gives them the state they lack once all are right."""
-
-    def __init__(self, rule: Rule, param_groups: Groups, state: State, new_state: NewState) -> None:
-        self._rule = rule
-        self._groups = param_groups
-        self._state = state
-        self._new_state = new_state
-        self._missing: dict[Tensor, dict[str, Any]] = {}
+    def __init__(
+        self, rule: Rule, param_groups: Groups, state: State, moved: list[bool] | None
+    ) -> None:
+        self.rule = rule
+        self.param_groups = param_groups
+        self.state = state
+        self.moved = moved
+        self.missing: dict[Tensor, dict[str, Any]] = {}
+        self.backends: dict[int, str] = {}  # by position, as what follows
+        self.gradients: dict[int, Tensor] = {}
         self._before: dict[Tensor, dict[str, Any] | None] = {}
-        self.rows: list[tuple[Member, Tensor | None]] = []  # the reference's, and their gradients
 
-    def add(self, member: Member, backend: str, *, reads_grad: bool) -> None:
-        """Check a parameter that ``backend`` moves, and its gradient if that is read."""
+    def movers(self) -> list[int]:
+        """The positions of all that move; a parameter that a group names twice moves once."""
+        seen: set[Tensor] = set()
+        found = []
+        for position, (param, _, _) in enumerate(members(self.param_groups)):
+            moves = param.grad is not None if self.moved is None else self.moved[position]
+            if moves and param not in seen:
+                found.append(position)
+            seen.add(param)
+        return found
+
+    def check(
+        self, position: int, member: Member, requested: str | None, new_state: NewState
+    ) -> None:
+        """Check a parameter that Python deals with, and make what its state lacks."""
         param, group, name = member
-        check_param(param, name)
-        gradient = plain_grad(param, name) if reads_grad else None
         where = local(param)
-        on_host = backend in ("cpu", "reference")
-        step_device = torch.device("cpu") if on_host else where.device
-        known = self._state.get(param, {})
+        backend = self.backends[position] = support.choose(requested, where, name)
+        if self.moved is None:
+            self.gradients[position] = plain_grad(param, name)
+        step_device = torch.device("cpu") if backend in ON_HOST else where.device
+        known = self.state.get(param, {})
+        for key, value in known.items():
+            check_allocated(value, f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
-        count = known.get(self._rule.step_name, 0)
+        count = known.get(self.rule.step_name, 0)
         if not on_accelerator(count) and not is_count(count):
             raise RuntimeError(
-                f"state {self._rule.step_name!r} of {name} is {count}, but it counts steps: a "
+                f"state {self.rule.step_name!r} of {name} is {count}, but it counts steps: a "
                 "whole number, at least 0"
             )
         with torch.inference_mode(False):  # state made in it could not be written outside
-            missing = self._new_state(param, self._groups[group], known, step_device)
+            missing = new_state(param, self.param_groups[group], known, step_device)
         if missing and where.device.type != "cpu" and is_capturing():
             raise RuntimeError(
                 f"the state of {name} does not exist yet, and made now it would be made anew at "
                 "every replay of the graph: take a step before the capture"
             )
-        check_state(param, {**known, **missing}, self._rule.streams, name)
+        check_state(param, {**known, **missing}, self.rule.streams, name)
         if missing:
-            self._missing[param] = missing
-        if backend == "reference":
-            self.rows.append((member, gradient))
+            self.missing[param] = missing
+
+    def gradient(self, position: int, member: Member) -> Tensor | None:
+        """The gradient of a parameter that moves."""
+        if self.moved is None and position not in self.gradients:
+            self.gradients[position] = plain_grad(member.param, member.name)
+        return self.gradients.get(position)
 
     def commit(self) -> None:
-        """Nothing was wrong."""
-        for param, missing in self._missing.items():
-            known = self._state.get(param)
+        """Give parameters the state that was made for them."""
+        for param, missing in self.missing.items():
+            known = self.state.get(param)
             self._before[param] = None if known is None else dict(known)
-            self._state.setdefault(param, {}).update(missing)
+            self.state.setdefault(param, {}).update(missing)
 
     def undo(self) -> None:
-        """Something was, after all."""
+        """Take it away again."""
         for param, before in self._before.items():
             if before is None:
-                del self._state[param]
+                del self.state[param]
             else:
-                self._state[param].clear()
-                self._state[param].update(before)
+                self.state[param].clear()
+                self.state[param].update(before)
+
+
+def check_no_capture() -> None:
+    """Raise if a graph is being captured, where parameters are moved from the host."""
+    if is_capturing():
+        raise RuntimeError(
+            "this step cannot be captured in a CUDA graph: some parameters are moved from the host "
+            "(by the CPU's kernels or the reference backend, as low-precision ones and those that "
+            "share memory are), which a replay would not do"
+        )
 
 
 class Dispatcher:
-    """Holds the native plan of one optimizer and notices when it no longer fits.
+    """Finds what moves in a step of one optimizer, checks it, and has it moved.
 
     Args:
         rule: what moves the parameters.
         backend: what the user asked for, or None.
 
-    Neither it nor its plan refers back to the optimizer: deleting that frees its state at once.
+    It does not refer back to the optimizer, and between steps to no tensor: deleting an optimizer,
+    or its state, frees the memory at once.
     """
 
     def __init__(self, rule: Rule, backend: str | None) -> None:
         self._rule = rule
         self._backend = backend
-        self._captured: list[Any] = []  # tables that graphs read, plan or no plan
-        self._busy = threading.Lock()
+        self._captured: list[Any] = []  # tables that graphs read, launcher or no launcher
+        self._tried: set[Any] = set()
+        self._lock = threading.Lock()
         self.reset()
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For the length of a step, or of a swap and back: nobody else collects or launches.
+    def alone(self) -> threading.Lock:
+        """The lock of a step, or of a swap and back, during which nobody else collects or launches.
+
+        To be used as ``with dispatcher.alone():``, which takes and frees it whatever interrupts.
 
         Raises:
             RuntimeError: another thread, or a hook, is at it.
         """
-        if not self._busy.acquire(blocking=False):
+        if self._lock.locked():  # two threads that both find it free go one after the other
             raise RuntimeError(
                 "another step of this optimizer is under way, in another thread or a hook; let one "
                 "at a time"
             )
-        try:
-            yield
-        finally:
-            self._busy.release()
+        return self._lock
 
     def reset(self) -> None:
-        """Forget the plan: the next step makes a new one."""
-        self._plans: list[Any] = []
-        self._foreign: list[tuple[int, Member]] = []  # position and member: reference backend
+        """Forget what launchers keep on devices: the next step makes it anew."""
+        self._native = self._new_native()
+        self.release()
+
+    def _new_native(self) -> Native | None:
+        if self._backend == "reference" or isinstance(support.extension(), support.Obstacle):
+            return None
+        rule = self._rule
+        return Native(
+            rule.name, rule.streams, rule.step_name, self._backend, self._captured, self._tried
+        )
+
+    def release(self) -> None:
+        """Let go of what was collected."""
+        self._step: _Step | None = None
         self._rows: list[Row] = []
+        if self._native is not None:
+            self._native.roster.release()
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def step(
+        self,
+        param_groups: Groups,
+        state: State,
+        new_state: NewState,
+        hypers: Sequence[Hyperparameters],
+        scaling: Scaling = NO_SCALING,
+        moved: list[bool] | None = None,
+    ) -> None:
+        """Find what moves, check it, and move it: all of it, or nothing if anything is wrong.
+
+        What is on an accelerator is read there, by its kernels. Only where parameters are moved
+        from the host does this wait for it.
+
+        Args:
+            new_state: ``new_state(param, group, state, step_device)`` returns what ``state``
+                lacks, the step count on ``step_device``; it may allocate, and must change nothing.
+            hypers: the hyperparameters of each group.
+            moved: for each parameter, in the order of the groups, whether it moves. None: those
+                that have a gradient do, and the rule reads it.
+        Raises:
+            RuntimeError, ValueError: a parameter, gradient or state that cannot be used.
+        """
+        try:
+            native = self._native
+            if native is not None and native.is_one():
+                if native.on_host():
+                    check_no_capture()
+                told = Told.of(hypers, scaling, on_host=native.on_host())
+                if told is None or native.step(param_groups, state, moved, told):
+                    return
+            self.collect(param_groups, state, new_state, moved)
+            self.launch(hypers, scaling)
+        finally:
+            self.release()
 
     def collect(
         self,
@@ -186,223 +263,152 @@ class Dispatcher:
         new_state: NewState,
         moved: list[bool] | None = None,
     ) -> None:
-        """Find and check what moves in this step.
+        """The first half of :meth:`step`: check, and make the state that is missing, which changes
+        nothing."""
+        self.release()
+        step = self._step = _Step(self._rule, param_groups, state, moved)
+        rest = self._find(step)
+        from_host = self._native is not None and self._native.on_host()
+        if rest:
+            found = list(members(param_groups))
+            for position, _ in rest:
+                check_param(found[position].param, found[position].name)
+            if self._serve([found[position] for position, _ in rest]):
+                rest = self._find(step)
+            for position, shares in rest:
+                step.check(position, found[position], self._backend, new_state)
+                from_host = from_host or shares or step.backends[position] in ON_HOST
+        if from_host:
+            check_no_capture()
+        if not step.missing:
+            self._get_ready(step, rest)
 
-        Args:
-            new_state: ``new_state(param, group, state, step_device)`` returns what ``state``
-                lacks, the step count on ``step_device``; it may allocate, and must change nothing.
-            moved: for each parameter, in the order of the groups, whether it moves. None: those
-                that have a gradient do, and the rule reads it.
-        Raises:
-            RuntimeError, ValueError: a parameter, gradient or state that cannot be used. Nothing
-                has been changed then.
-        """
-        self._rows = []
-        moves = _movers(moved)
-        complete = _Completion(self._rule, param_groups, state, new_state)
-        if self._plans and self._collect_native(param_groups, state, moved):
-            for position, member in self._foreign:
-                if moves(position, member.param):
-                    complete.add(member, "reference", reads_grad=moved is None)
-            complete.commit()
-        else:
-            self.reset()
-            try:
-                self._make_plan(param_groups, state, complete, moved)
-                fits = self._collect_native(param_groups, state, moved)
-            except BaseException:  # a table or a kernel that cannot be had
-                self.reset()
-                complete.undo()
-                raise
-            if not fits:
-                raise RuntimeError(
-                    "the parameters changed while the step was being prepared; do not change an "
-                    "optimizer from another thread while it steps"
-                )
-        self._rows = [
-            Row(param, gradient, state[param], group)
-            for (param, group, _), gradient in complete.rows
-        ]
-        if self._moves_from_host() and is_capturing():
-            raise RuntimeError(
-                "this step cannot be captured in a CUDA graph: some parameters are moved from the "
-                "host (by the CPU's kernels or the reference backend, as low-precision ones and "
-                "those that share memory are), which a replay would not do"
-            )
+    def _find(self, step: _Step) -> list[tuple[int, bool]]:
+        """Have the roster find its rows; those that move and are none, by position, and whether
+        that is because they share memory."""
+        if self._native is None:
+            return [(position, False) for position in step.movers()]
+        # What another thread gives other memory meanwhile, a launch must not find freed.
+        hold = threading.active_count() > 1
+        return sorted(self._native.roster.collect(step.param_groups, step.state, step.moved, hold))
 
-    def _moves_from_host(self) -> bool:
-        return bool(self._rows) or any(plan.has_cpu_rows() for plan in self._plans)
+    def _serve(self, found: list[Member]) -> bool:
+        """Make sure that there are launchers for these; whether there are new ones."""
+        if self._native is None:
+            return False
+        return sum(self._native.serve(param, name) for param, _, name in found) > 0
 
-    def release(self) -> None:
-        """Let go of the gradients of a step that is not taken."""
-        self._rows = []
-        for plan in self._plans:
-            plan.release()
+    def _get_ready(self, step: _Step, rest: list[tuple[int, bool]]) -> None:
+        """What the roster leaves, with all its state, is the reference's."""
+        if rest:
+            found = list(members(step.param_groups))
+            for position, shares in rest:
+                if not shares and step.backends.get(position) != "reference":
+                    raise RuntimeError(
+                        f"{found[position].name} changed while the step was being prepared; do not "
+                        "change an optimizer from another thread while it steps"
+                    )
+                param, group, _ = found[position]
+                gradient = step.gradient(position, found[position])
+                self._rows.append(Row(param, gradient, step.state[param], group))
+        if self._native is not None:
+            self._native.prepare()
 
-    def _collect_native(self, *args: Any) -> bool:
-        try:
-            return all(plan.collect(*args) for plan in self._plans)
-        except torch.OutOfMemoryError:
-            if is_capturing():
-                raise
-            torch.cuda.empty_cache()  # a compiled plan's tables are not torch's allocator's
-            return all(plan.collect(*args) for plan in self._plans)
+    def rehearse(self) -> None:
+        """Try what a launch of what was collected needs, without it. State that is missing stays in
+        the ``state`` that was given."""
+        step = self._step
+        assert step is not None
+        if step.missing:
+            step.commit()
+            self._get_ready(step, self._find(step))
 
     def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
-        """Move what :meth:`collect` found.
-
-        What is on an accelerator is read there, by its kernels. Only where parameters are moved
-        from the host does this wait for it.
-
-        Args:
-            hypers: the hyperparameters of each group.
-        Raises:
-            RuntimeError: the state was replaced since then. Nothing has been changed.
-        """
-        held = [plan.hold() for plan in self._plans]  # whatever others do to the state meanwhile
-        signals = [
-            [Signals.of(hypers, scaling, support.device(index)) for index in plan.devices()]
-            for plan in self._plans
-        ]
-        unscale = norm = 1.0
-        from_host = self._moves_from_host()
-        if from_host:
-            if scaling.found_inf is not None and scaling.found_inf.item() != 0.0:
-                self.release()
+        """The second half of :meth:`step`: move what was collected, whatever interrupts."""
+        step, native = self._step, self._native
+        assert step is not None
+        with Deferred():
+            try:
+                if step.missing:
+                    step.commit()
+                    self._get_ready(step, self._find(step))
+                on_host = bool(self._rows) or (native is not None and native.on_host())
+                told = Told.of(hypers, scaling, on_host=on_host)
+            except BaseException:  # a table or a kernel that cannot be had
+                step.undo()
+                raise
+            if told is None:
+                step.undo()
                 return
-            scale = 1.0 if scaling.grad_scale is None else float(scaling.grad_scale)
-            unscale = 1.0 / scale if scale else math.inf  # as on a device
-            norm = 0.0 if scaling.norm is None else float(scaling.norm)
-        hypers = [
-            hyper._replace(
-                lr=float(hyper.lr) if from_host or not isinstance(hyper.lr, Tensor) else 0.0
-            )
-            for hyper in hypers
-        ]
-        for plan, its_signals in zip(self._plans, signals, strict=True):
-            moved = plan.moved()
-            plan.launch(hypers, unscale, norm, its_signals, torch.get_num_threads())
-            # A backward pass through what was there before is an error, as in PyTorch.
-            increment_version(moved)
-        if self._rows:
-            scales = [grad_scale(hyper, unscale, norm) for hyper in hypers]
-            self._rule.reference(self._rows, hypers, scales)
-            self._rows = []
-        del held
+            if native is not None:
+                native.launch(told)
+            if self._rows:
+                scales = [grad_scale(hyper, told.unscale, told.norm) for hyper in told.numbers]
+                self._rule.reference(self._rows, told.numbers, scales)
+
+    # --- swaps ----------------------------------------------------------------------------------
 
     @contextmanager
-    def swapped(self, param_groups: Groups, state: State, new_state: NewState) -> Iterator[None]:
-        """Within the context parameters and slow weights, where there are any, change places."""
-        with self.alone(), ExitStack() as undo:  # all of it is undone, whatever fails on the way
-            self._swap(undo, param_groups, state, new_state)
+    def swapped(self, param_groups: Groups, state: State) -> Iterator[None]:
+        """Within the context parameters and slow weights, where there are any, change places.
+
+        Interrupts are the caller's to defer.
+        """
+        slow = {}
+        for param, _, name in members(param_groups):
+            its = state.get(param, {})
+            if "slow_param" in its:
+                check_param(param, name)
+                check_state(param, its, ("slow_param",), name)
+                slow[param] = its["slow_param"]
+        # Whatever becomes of parameters and state within, the memory that is swapped back is alive.
+        pairs = {param: (plain(param), plain(its)) for param, its in slow.items()}
+        alike = [pair for pair in pairs.values() if pair[0].dtype == pair[1].dtype]
+        others = [pair for pair in pairs.values() if pair[0].dtype != pair[1].dtype]
+        native = self._new_native()
+        if native is not None:
+            self._serve_all(native, pairs)
+        with ExitStack() as undo:  # all of it is undone, whatever fails on the way
+            undo.callback(_copy_back, pairs)
+            with ExitStack() as done:
+                for swap in _swaps(native, alike):
+                    swap()
+                    done.callback(swap)
+                done.pop_all()
+            undo.callback(_swap_back, native, alike)
+            undo.enter_context(reference.swapped(others))
             yield
 
-    def _swap(
-        self, undo: ExitStack, param_groups: Groups, state: State, new_state: NewState
-    ) -> None:
-        has_slow = ["slow_param" in state.get(param, {}) for param, _, _ in members(param_groups)]
-        self.collect(param_groups, state, new_state, has_slow)
-        rows, self._rows = self._rows, []
-        # Whatever becomes of the parameters within, the memory that is swapped back is alive.
-        held = [
-            (param, plain(param), plain(state[param]["slow_param"]))
-            for (param, _, _), has in zip(members(param_groups), has_slow, strict=True)
-            if has
-        ]
+    @staticmethod
+    def _serve_all(native: Native, pairs: dict[Tensor, tuple[Tensor, Tensor]]) -> None:
+        for param, (p, slow) in pairs.items():
+            if p.dtype == slow.dtype:
+                native.serve(param, "a parameter with slow weights")
 
-        def copy_back() -> None:
-            for param, before, _ in held:
-                now = plain(param)
-                if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
-                    with torch.no_grad():
-                        now.copy_(before)  # it was moved or converted within
 
-        def moved_again(plan: Any) -> None:
-            increment_version(plan.moved())
+def _swaps(native: Native | None, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:
+    """Calls that let tensors of the same dtype change places, wherever they lie by now."""
+    rest = pairs
+    swaps: list[Callable[[], None]] = []
+    if native is not None:
+        left = native.roster.pair([p for p, _ in pairs], [slow for _, slow in pairs])
+        rest = [pairs[i] for i in sorted(left)]
+        native.prepare()
+        swaps = [partial(native.swap, launcher) for launcher in native.launchers]
+    return swaps + [partial(reference.exchange, p, slow) for p, slow in rest]
 
-        threads = torch.get_num_threads()
-        undo.callback(copy_back)
-        for plan in self._plans:
-            plan.swap(threads)
-            undo.callback(moved_again, plan)
-            undo.callback(plan.swap, threads)
-            moved_again(plan)
-        undo.enter_context(
-            reference.swapped([(row.param, row.state["slow_param"]) for row in rows])
-        )
 
-    def _make_plan(
-        self,
-        param_groups: Groups,
-        state: State,
-        complete: _Completion,
-        moved: list[bool] | None,
-    ) -> None:
-        found = list(members(param_groups))
-        moves = _movers(moved)
-        # In parallel, parameters that share memory would race for it.
-        in_turn = overlapping([param for param, _, _ in found])
-        backends: dict[Tensor, str] = {}
-        for position, member in enumerate(found):
-            param = member.param
-            rests = not moves(position, param)
-            # A parameter that a group names twice moves once.
-            if param in backends or (rests and self._rule.step_name not in state.get(param, {})):
-                continue
-            try:
-                backend = support.choose(self._backend, local(param), member.name)
-                backend = "reference" if param in in_turn else backend
-                if backend != "reference" or not rests:
-                    complete.add(member, backend, reads_grad=moved is None and not rests)
-            except (RuntimeError, ValueError):
-                if not rests:
-                    raise
-                continue  # what is wrong with it is said once it moves
-            backends[param] = backend
-            if backend == "reference":
-                self._foreign.append((position, member))
-        complete.commit()
-        if {"cpu", "cuda"} & set(backends.values()):
-            self._plans.append(self._fill(("cpu", "cuda"), found, state, backends))
-        its = [param for param, backend in backends.items() if backend == "triton"]
-        if its:
-            rows = self._fill(("triton",), found, state, backends)
-            devices = [local(param).device for param in its]
-            self._plans.append(TritonPlan(self._rule.name, rows, devices, self._captured))
+def _swap_back(native: Native | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """The last first, for they may share memory; all is tried, whatever fails."""
+    with ExitStack() as swaps:
+        for swap in _swaps(native, pairs):
+            swaps.callback(swap)
 
-    def _step_plan(self) -> Any:
-        """The compiled one, or what stands in for it where there is no extension."""
-        extension: Any = support.extension()
-        if isinstance(extension, support.Obstacle):
-            return PythonPlan()
-        return extension.StepPlan(
-            getattr(extension.StepPlan.Rule, self._rule.name),
-            Tensor.__dlpack_c_exchange_api__,
-            plain,
-            plain_grad,
-        )
 
-    def _fill(
-        self, its: tuple[str, ...], found: list[Member], state: State, backends: dict[Tensor, str]
-    ) -> Any:
-        """A plan of what the backends ``its`` move; its rows are in the order of ``backends``."""
-        plan = self._step_plan()
-        planned: set[Tensor] = set()
-        for param, group, name in found:
-            if param not in backends:
-                plan.add_idle(param, group)
-            elif backends[param] not in its or param in planned:
-                plan.add_foreign(param, group)
-            else:
-                plan.add_row(
-                    param,
-                    group,
-                    name,
-                    backends[param],
-                    state[param],
-                    self._rule.streams,
-                    self._rule.step_name,
-                )
-                planned.add(param)
-        plan.finish(state)
-        return plan
+def _copy_back(pairs: dict[Tensor, tuple[Tensor, Tensor]]) -> None:
+    """What was given other memory, or converted, gets the values of its old memory."""
+    for param, (before, _) in pairs.items():
+        now = plain(param)
+        if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
+            with torch.no_grad():
+                now.copy_(before)

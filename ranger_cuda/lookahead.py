@@ -14,6 +14,7 @@ from . import dispatch, hyperparameters, support
 from .checkpoint import check_values, is_step_tensor, restore_value, step_tensor
 from .dispatch import Dispatcher, members
 from .hyperparameters import Hyperparameters
+from .interrupts import Deferred
 from .optimizer import new_slow_param
 from .slow_weights import SlowWeights
 from .tensors import check_param, is_capturing
@@ -156,8 +157,12 @@ class Lookahead(SlowWeights, Optimizer):
         any_may_move = closure is not None  # it makes the gradients within the inner step
         first = self._first_slow_params(any_may_move)
         moved = self._have_gradient()
-        result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self._pull(first, self._have_gradient() if any_may_move else moved)
+        with Deferred() as deferred:  # an interrupt between the two would lose a step of the cycle
+            if closure is None:
+                result = self.optimizer.step()
+            else:
+                result = self.optimizer.step(deferred.interruptible(closure))
+            self._pull(first, self._have_gradient() if any_may_move else moved)
         return result
 
     def _have_gradient(self) -> list[bool]:
@@ -174,21 +179,12 @@ class Lookahead(SlowWeights, Optimizer):
         self._complete_groups()
         params = self._params()
         may_move = [any_may_move or param.grad is not None for param in params]
-        has_slow = ["slow_param" in self.state.get(param, {}) for param in params]
-        # What does not fit raises here, before the inner optimizer changes anything.
-        ready = [moves and has for moves, has in zip(may_move, has_slow, strict=True)]
-        dispatcher = self._dispatcher
-        with dispatcher.alone():
-            dispatcher.collect(self.param_groups, self.state, self._new_state, ready)
-            dispatcher.release()
         lacking = {
             param
-            for param, moves, has in zip(params, may_move, has_slow, strict=True)
-            if moves and not has
+            for param, moves in zip(params, may_move, strict=True)
+            if moves and "slow_param" not in self.state.get(param, {})
         }
-        if not lacking:
-            return {}
-        if is_capturing():
+        if lacking and is_capturing():
             raise RuntimeError(
                 "slow weights made in a capture would be made anew at every replay of the CUDA "
                 "graph: take a step before the capture"
@@ -197,13 +193,20 @@ class Lookahead(SlowWeights, Optimizer):
             if param in lacking:
                 check_param(param, name)
         first = {param: new_slow_param(param) for param in lacking}
-        # As if they were there: a kernel or a table that cannot be had raises here, too.
-        state = {
-            param: {**self.state.get(param, {}), "slow_param": first[param]} for param in first
-        }
-        moved = [param in lacking for param in params]
-        trial = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
-        trial.collect(self.param_groups, state, self._new_state, moved)
+        state = self.state
+        if first:  # as if they were there
+            state = {param: {**state.get(param, {})} for param in params}
+            for param, slow in first.items():
+                state[param]["slow_param"] = slow
+        dispatcher = self._dispatcher
+        with dispatcher.alone():
+            try:
+                # What does not fit, or cannot be had, raises before the inner optimizer's step.
+                dispatcher.collect(self.param_groups, state, self._new_state, may_move)
+                if first:
+                    dispatcher.rehearse()
+            finally:
+                dispatcher.release()
         return first
 
     @torch.compiler.disable
@@ -216,8 +219,8 @@ class Lookahead(SlowWeights, Optimizer):
                     self.state[param]["slow_param"] = first[param]
         dispatcher = self._dispatcher  # a load in another thread makes a new one
         with dispatcher.alone():
-            dispatcher.collect(self.param_groups, self.state, self._new_state, moved)
-            dispatcher.launch([interpolation(group) for group in self.param_groups])
+            hypers = [interpolation(group) for group in self.param_groups]
+            dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
 
     @staticmethod
     def _new_state(

@@ -104,18 +104,20 @@ class FusedOptimizer(Optimizer):
             return
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
-            dispatcher.collect(self.param_groups, self.state, self._new_state)
-            clips = any(hyper.max_grad_norm < math.inf for hyper in hypers)
-            norm = total_norm(self.param_groups) if clips else None
-            scaling = Scaling(getattr(self, "grad_scale", None), found_inf, norm)
-            dispatcher.launch(hypers, scaling)
+            scaling = Scaling(getattr(self, "grad_scale", None), found_inf, None)
+            if any(hyper.max_grad_norm < math.inf for hyper in hypers):
+                dispatcher.collect(self.param_groups, self.state, self._new_state)
+                dispatcher.launch(hypers, scaling._replace(norm=total_norm(self.param_groups)))
+            else:
+                dispatcher.step(self.param_groups, self.state, self._new_state, hypers, scaling)
         except BaseException:
-            dispatcher.release()
             # GradScaler takes them back from a step that returns; left here, they would scale
             # the next step as well.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
+        finally:
+            dispatcher.release()
 
     def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
         return hyperparameters.check(group, lookahead="slow_param" in self._rule.streams)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
-from .dispatch import Dispatcher, NewState
+from .dispatch import Dispatcher
+from .interrupts import Deferred, insist
 
 
 class SlowWeights:
@@ -15,11 +16,9 @@ class SlowWeights:
     param_groups: list[dict[str, Any]]
     state: Any
     _dispatcher: Dispatcher
-    _new_state: NewState
     _slow_weights_are_in = False
 
-    @contextmanager
-    def slow_weights(self) -> Iterator[None]:
+    def slow_weights(self) -> AbstractContextManager[None]:
         """Evaluate on the slow weights::
 
             with optimizer.slow_weights():
@@ -33,13 +32,7 @@ class SlowWeights:
         Raises:
             RuntimeError: the slow weights are swapped in already.
         """
-        self._check_ready("slow_weights()")
-        with self._dispatcher.swapped(self.param_groups, self.state, self._new_state):
-            self._slow_weights_are_in = True
-            try:
-                yield
-            finally:
-                self._slow_weights_are_in = False
+        return _Evaluation(self)
 
     def _check_ready(self, call: str) -> None:
         if self._slow_weights_are_in:
@@ -47,3 +40,54 @@ class SlowWeights:
                 f"{call} inside `with optimizer.slow_weights()`: the parameters hold their slow "
                 "weights now; leave the context first"
             )
+
+
+class _Evaluation(ContextDecorator, AbstractContextManager[None]):
+    """Both of its ends run whole, whatever interrupts."""
+
+    def __init__(self, optimizer: SlowWeights) -> None:
+        self._optimizer = optimizer
+        self._lock: Any = None
+        self._swap: AbstractContextManager[None] | None = None
+        self._has_ended = False
+
+    def _recreate_cm(self) -> _Evaluation:
+        return _Evaluation(self._optimizer)  # for each call of a function that it decorates
+
+    def __enter__(self) -> None:
+        leave = self._leave()
+        self._optimizer._check_ready("slow_weights()")
+        try:
+            with Deferred():
+                self._begin()
+        except BaseException:
+            leave()
+            raise
+
+    def _leave(self) -> Callable[..., None]:
+        return insist(self._end, lambda: self._has_ended)
+
+    # Compiled, as no method of Python's can be called without running handlers first. Made when the
+    # context is entered: kept, it would keep this and the optimizer alive.
+    __exit__ = property(_leave)
+
+    def _begin(self) -> None:
+        optimizer = self._optimizer
+        lock = optimizer._dispatcher.alone()
+        lock.acquire()
+        self._lock = lock
+        swap = optimizer._dispatcher.swapped(optimizer.param_groups, optimizer.state)
+        swap.__enter__()
+        self._swap = swap
+        optimizer._slow_weights_are_in = True
+
+    def _end(self) -> None:
+        with Deferred():
+            self._has_ended = True
+            try:
+                if self._swap is not None:
+                    self._optimizer._slow_weights_are_in = False
+                    self._swap.__exit__(None, None, None)
+            finally:
+                if self._lock is not None:
+                    self._lock.release()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DIAGNOSTIC = "python -m ranger_cuda info"
 
@@ -80,11 +81,11 @@ def obstacle(name: str) -> Obstacle | None:
     """Why backend ``name`` cannot run on this machine; None if it can."""
     if name == "reference":
         return None
-    if name == "triton":
-        return _triton_obstacle()
-    found = extension()
+    found = extension()  # which also finds the rows of Triton's kernels; it needs no CUDA for that
     if isinstance(found, Obstacle):
         return found
+    if name == "triton":
+        return _triton_obstacle()
     return _cuda_obstacle(found) if name == "cuda" else None
 
 
@@ -156,11 +157,6 @@ def _triton_obstacle() -> Obstacle | None:
     return None
 
 
-def device(index: int | torch.device) -> torch.device:
-    """The device that a plan calls ``index``."""
-    return index if isinstance(index, torch.device) else torch.device("cuda", index)
-
-
 def device_type_here(backend: Backend) -> str:
     """The type of a device on this machine that ``backend`` serves, if it can run here."""
     here = {"cpu", "cuda" if torch.cuda.is_available() else "xpu"}
@@ -192,9 +188,12 @@ def check_backend(name: str | None) -> None:
 def serves(backend: Backend, param: Tensor) -> bool:
     """Whether ``backend`` has kernels for ``param``'s device and dtype."""
     on_device = backend.devices is None or param.device.type in backend.devices
-    # A tensor that stands for the negative of its memory is nothing that a kernel can write to.
-    lazy = param.is_neg() and backend.name != "reference"
-    return on_device and param.dtype in backend.dtypes and not lazy
+    # Neither a tensor that stands for the negative of its memory, nor one whose memory is other
+    # tensors', is anything that a kernel can write to.
+    plain = backend.name == "reference" or not (
+        param.is_neg() or is_traceable_wrapper_subclass(param)
+    )
+    return on_device and param.dtype in backend.dtypes and plain
 
 
 def choose(requested: str | None, param: Tensor, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .rounding import compute_dtype
 
@@ -51,7 +52,7 @@ def plain(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def plain_grad(param: Tensor, name: str) -> Tensor:
+def plain_grad(param: Tensor, name: str = "the parameter") -> Tensor:
     """The gradient of ``param`` as the kernels may read it: real, strided, same device.
 
     Copies only where the memory does not hold the values themselves (a lazy conjugate or
@@ -62,7 +63,7 @@ def plain_grad(param: Tensor, name: str) -> Tensor:
         name: what error messages call the parameter.
 
     Raises:
-        RuntimeError: the gradient is sparse, or does not fit the parameter.
+        RuntimeError: the gradient is sparse, without memory, or does not fit the parameter.
     """
     grad = param.grad
     assert grad is not None
@@ -82,6 +83,7 @@ def plain_grad(param: Tensor, name: str) -> Tensor:
         if grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)
     grad = local(grad.detach())
+    check_allocated(grad, f"the gradient of {name}")
     target = local(param.detach())
     if grad.shape != target.shape or grad.device != target.device:
         raise RuntimeError(
@@ -108,6 +110,7 @@ def check_param(param: Tensor, name: str) -> None:
 
     Raises:
         ValueError: it has no memory of its own for each of its elements.
+        RuntimeError: its memory was given back.
     """
     where = local(param.detach())
     if where.layout != torch.strided or where.device.type == "meta":
@@ -115,6 +118,7 @@ def check_param(param: Tensor, name: str) -> None:
             f"{name} is a {where.layout} tensor on {where.device}; an optimizer needs dense "
             "memory to update: materialize the model before the first step"
         )
+    check_allocated(where, name)
     if is_expanded(where):
         raise ValueError(
             f"{name} is an expanded tensor, several of whose elements share memory; make it "
@@ -133,31 +137,19 @@ def is_expanded(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and any(n > 1 and not stride for n, stride in strides)
 
 
-def overlapping(tensors: Iterable[Tensor]) -> set[Tensor]:
-    """Those of ``tensors`` whose spans of memory overlap that of another of them."""
-    spans = []
-    for tensor in dict.fromkeys(tensors):
-        where = local(tensor.detach())
-        # Without memory: not materialized, or given back for a while (data_ptr() is 0 then).
-        if where.layout != torch.strided or not where.numel() or where.device.type == "meta":
-            continue
-        begin = where.data_ptr()
-        reach = 1 + sum(
-            (n - 1) * stride for n, stride in zip(where.shape, where.stride(), strict=True)
+def check_allocated(value: Any, what: str) -> None:
+    """Raise if ``value`` is a tensor whose memory was given back.
+
+    Raises:
+        RuntimeError: its storage was resized to 0, as wrappers do that shard or offload a model.
+    """
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+        return  # what a wrapper stands for is torch's to look at
+    if value.layout == torch.strided and value.numel() and not value.untyped_storage().nbytes():
+        raise RuntimeError(
+            f"{what} is not allocated: its storage was resized to 0. Bring its memory back before "
+            "the step (out of the context that offloads or unshards the model, say)"
         )
-        if begin:
-            end = begin + reach * where.element_size()
-            spans.append((str(where.device), begin, end, tensor))
-    spans.sort(key=lambda span: span[:3])
-    found: set[Tensor] = set()
-    furthest = None
-    for span in spans:
-        device, begin, end, tensor = span
-        if furthest is not None and furthest[0] == device and begin < furthest[2]:
-            found.update((furthest[3], tensor))
-        if furthest is None or furthest[0] != device or end > furthest[2]:
-            furthest = span
-    return found
 
 
 def is_count(value: Any) -> bool:
@@ -181,6 +173,7 @@ def check_state(
         if key is None:
             continue
         value = local(state[key])
+        check_allocated(value, f"state {key!r} of {name}")
         found = (value.dtype, value.device, tuple(value.shape))
         wanted = (state_dtype(target), target.device, tuple(target.shape))
         if found != wanted:
@@ -189,6 +182,10 @@ def check_state(
                 f"parameter needs {wanted[0]} on {wanted[1]} of shape {wanted[2]}. After moving or "
                 "converting a model, optimizer.load_state_dict(optimizer.state_dict()) brings the "
                 "state along; a parameter of another shape needs a new optimizer"
+            )
+        if value.is_neg() or value.is_conj():
+            raise RuntimeError(
+                f"state {key!r} of {name} is a lazy negation or conjugate of its memory; resolve it"
             )
         if is_expanded(value):
             raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,3 +66,21 @@ def give_gradients(
         for which, params in enumerate(sets):
             moved = gradient if gradient is None or which else move(gradient)
             params[i].grad = moved
+
+
+def resizable_storage(tensor: Tensor) -> torch.UntypedStorage:
+    """The storage of a tensor, one of its own that torch can resize: not one that processes share,
+    or that NumPy has looked at."""
+    if tensor.is_shared() or not tensor.untyped_storage().resizable():
+        tensor.data = tensor.data.clone()
+    return tensor.untyped_storage()
+
+
+def adamw_checkpoint(count: int, *shape: int) -> dict[str, Any]:
+    """What torch's AdamW saves after a step of so many parameters."""
+    params = [Parameter(torch.ones(shape)) for _ in range(count)]
+    optimizer = torch.optim.AdamW(params)
+    for param in params:
+        param.grad = torch.ones(shape)
+    optimizer.step()
+    return optimizer.state_dict()

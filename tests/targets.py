@@ -3,9 +3,11 @@ on the CPU, so that every machine runs their source."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,21 +52,27 @@ class Target(NamedTuple):
         return moved.conj() if conjugate else moved
 
 
-# And "uncompiled": as "interpreted", with what stands in for the extension. Slow, so only where its
-# plan matters.
 NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "triton")
 
 
+def build_emulation(folder: Path, *options: str) -> Path:
+    """Compiles the extension in ``folder``, with its CUDA backend for the CPU."""
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON", *options]
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (binary,) = folder.glob("_C*.so")
+    return binary
+
+
 @functools.cache
-def emulated_extension() -> ModuleType:
-    """The extension with its CUDA backend compiled for the CPU."""
-    with tempfile.TemporaryDirectory(prefix="ranger_emulation_") as folder:
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", folder]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON"]
-        for command in (configure, ["cmake", "--build", folder]):
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        (binary,) = Path(folder).glob("_C*.so")
-        return load(binary)
+def emulated_binary() -> Path:
+    """The extension with its CUDA backend compiled for the CPU, as a file."""
+    if built := os.environ.get("RANGER_EMULATED_EXTENSION"):
+        return Path(built)
+    folder = tempfile.mkdtemp(prefix="ranger_emulation_")
+    atexit.register(shutil.rmtree, folder)
+    return build_emulation(Path(folder))
 
 
 @functools.cache
@@ -91,7 +99,7 @@ def fresh_kernels() -> ModuleType:
     return module
 
 
-def plan_for_triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+def triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
     """Let backend="triton" launch ``kernels`` for parameters on the CPU."""
     triton = support.BACKENDS["triton"]._replace(devices=("cpu",))
     patch.setattr(tensors, "HOST", ())  # a tensor's value is the kernels' to read
@@ -100,6 +108,7 @@ def plan_for_triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -
     patch.setattr(triton_tables, "load_kernels", lambda: kernels)
 
 
+@functools.cache
 def load(binary: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("emulated._C", binary)
     module = importlib.util.module_from_spec(spec)
@@ -115,20 +124,15 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         return Target(name, torch.device("cuda"))
-    if name in ("interpreted", "uncompiled"):
-        if name == "uncompiled":
-            nothing = support.Obstacle("nothing was compiled", "compile it")
-            patch.setattr(support, "extension", lambda: nothing)
-        plan_for_triton_on_the_cpu(patch, interpreted_kernels())
+    if name == "interpreted":
+        triton_on_the_cpu(patch, interpreted_kernels())
         patch.setattr(triton_tables, "CHUNK", 64)
         patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
     patch.setattr(tensors, "HOST", ())
-    built = os.environ.get("RANGER_EMULATED_EXTENSION")
-    module = load(Path(built)) if built else emulated_extension()
+    module = load(emulated_binary())
     cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))
     patch.setitem(support.BACKENDS, "cuda", cuda)
     patch.setattr(support, "extension", lambda: module)
     patch.setattr(support, "_cuda_obstacle", lambda extension: None)
-    patch.setattr(support, "device", lambda index: torch.device("cpu"))
     return Target("cuda", torch.device("cpu"), small=True)

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger, dispatch, support
 from ranger_cuda.dispatch import RANGER
-from ranger_cuda.tensors import plain, plain_grad
+from ranger_cuda.tensors import DTensor, plain, plain_grad
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -157,18 +157,12 @@ def test_a_failing_call_of_cuda_is_an_exception_that_names_it():
     extension = support.extension()
     if support.obstacle("cuda") is None or not extension.build_info()["cuda"]:
         pytest.skip("needs CUDA kernels and no device")
-    plan = extension.StepPlan(
-        extension.StepPlan.Rule.RADAM, torch.Tensor.__dlpack_c_exchange_api__, plain, plain_grad
+    roster = extension.Roster(
+        torch.Tensor.__dlpack_c_exchange_api__, RANGER.streams, "step", DTensor, plain, plain_grad
     )
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.ones(3)
-    state = {"step": torch.tensor(0.0)}
-    state |= {name: torch.zeros(3) for name in RANGER.streams}
-    plan.add_row(param, 0, "it", "cuda", state, RANGER.streams, "step")
-    plan.finish({param: state})
+    launcher = extension.CudaLauncher(extension.Rule.RADAM, 0, 0)
     with pytest.raises(RuntimeError, match=r"^cuda\w+: .*\(error \d+, cudaError\w+\)"):
-        plan.collect([{"params": [param]}], {param: state}, None)
-    assert state["step"] == 0
+        launcher.prepare(roster)
 
 
 # --- on a GPU only -------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ from ranger_cuda import Lookahead, RAdam, Ranger
 
 WORLD = 2
 OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
+BUILDS = (
+    functools.partial(Ranger, **OPTIONS),
+    functools.partial(Ranger, backend="reference", **OPTIONS),
+    lambda p: Lookahead(RAdam(p, lr=0.01), k=3),
+    lambda p: Lookahead(torch.optim.AdamW(p, lr=0.01, foreach=False), k=3),
+)
 
 
 class Awkward(nn.Module):
@@ -101,12 +107,7 @@ def ddp(rank, folder):
 
 def fsdp2(rank, folder):
     """Sharding unevenly, with empty shards, changes no bit."""
-    for build in (
-        functools.partial(Ranger, **OPTIONS),
-        functools.partial(Ranger, backend="reference", **OPTIONS),
-        lambda p: Lookahead(RAdam(p, lr=0.01), k=3),
-        lambda p: Lookahead(torch.optim.AdamW(p, lr=0.01, foreach=False), k=3),
-    ):
+    for build in BUILDS:
         model, single = sharded(), Awkward()
         optimizer, reference = build(model.parameters()), build(single.parameters())
         for step in range(8):
@@ -229,8 +230,38 @@ def zero(rank, folder):
             assert_same_bits(p, q, f"ZeRO, step {step}")
 
 
+def moving(rank, folder):
+    """A sharded model may be moved, converted, and its tensors swapped, between steps."""
+
+    def move(model):
+        model.cpu()
+
+    def convert(model):
+        model.to(torch.float64)
+        model.to(torch.float32)
+
+    def swap(model):
+        for param in model.parameters():
+            torch.utils.swap_tensors(param, nn.Parameter(param.detach() * 2))
+
+    for build in BUILDS:
+        model, single = sharded(), Awkward()
+        optimizer, reference = build(model.parameters()), build(single.parameters())
+        for change in (move, convert, swap, move):
+            for step in range(2):
+                train(model, optimizer, [step])
+                train(single, reference, [step])
+                assert_same_run(model, optimizer, single, reference, f"then {change.__name__}")
+            model.zero_grad()
+            change(model)
+            with torch.no_grad():
+                for param in single.parameters() if change is swap else ():
+                    param.mul_(2)
+
+
 CHECKS = {
-    check.__name__: check for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, zero)
+    check.__name__: check
+    for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, zero, moving)
 }
 
 
@@ -249,6 +280,9 @@ def work(rank, folder, results):
         results.put((name, rank, problem))
         dist.barrier()
     dist.destroy_process_group()
+    # Not by way of Python's own end: a thread of gloo that lets go of its last tensor meanwhile
+    # aborts the process.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")

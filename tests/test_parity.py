@@ -77,7 +77,7 @@ def test_every_bit_of_parameters_and_state_is_the_reference_s(target, drawn, see
     check_every_bit(target, drawn, seed, STEPS)
 
 
-@pytest.mark.parametrize("target", ["interpreted", "uncompiled"], indirect=True)
+@pytest.mark.parametrize("target", ["interpreted"], indirect=True)
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

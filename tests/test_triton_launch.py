@@ -1,4 +1,4 @@
-"""How the Triton backend's plan compiles, launches and keeps memory, on a GPU that does nothing."""
+"""How Triton's launcher compiles, launches and keeps memory, on a GPU that does nothing."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, hyperparameters, support
-from ranger_cuda.backends import triton_plan, triton_tables
-from ranger_cuda.backends.python_plan import TensorRow
+from ranger_cuda import Lookahead, RAdam, Ranger, support
+from ranger_cuda.backends import triton_launcher, triton_tables
+from ranger_cuda.backends.triton_tables import TensorRow
+from ranger_cuda.hyperparameters import read
+from ranger_cuda.scaling import Signals
 from ranger_cuda.tensors import plain_grad
-from targets import fresh_kernels, interpreted_kernels, open_target, plan_for_triton_on_the_cpu
+from targets import fresh_kernels, interpreted_kernels, triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 driver = pytest.importorskip("triton.runtime.driver").driver
+
+
+NOTHING = Signals(None, None, None, [None])
 
 
 class IdleGPU:
@@ -61,7 +66,7 @@ class IdleGPU:
 def gpu(monkeypatch):
     """``backend="triton"`` compiles for it, and finds it with nothing compiled yet."""
     kernels = fresh_kernels()
-    plan_for_triton_on_the_cpu(monkeypatch, kernels)
+    triton_on_the_cpu(monkeypatch, kernels)
     idle = IdleGPU()
     monkeypatch.setattr(driver, "_active", idle)
     yield idle
@@ -111,10 +116,11 @@ def test_the_first_step_compiles_all_that_any_later_one_needs(gpu, monkeypatch, 
             inner.found_inf = numbers[step % 2][step % 8]  # of either type, at any alignment
             inner.grad_scale = numbers[step % 3 == 0][1]
             inner.param_groups[0]["max_grad_norm"] = 0.5
-        monkeypatch.setattr(triton_plan, "is_capturing", lambda step=step: step in (8, 9))
+        monkeypatch.setattr(triton_launcher, "is_capturing", lambda step=step: step in (8, 9))
         odd = torch.randn(5001)[1:]
         params[0].grad = odd if step % 2 else odd.clone()
         optimizer.step()
+        monkeypatch.setattr(triton_launcher, "is_capturing", lambda: False)
         with optimizer.slow_weights():
             pass
     optimizer.add_param_group({"params": with_gradients(torch.randn(3)), "lr": 0.5})
@@ -186,7 +192,7 @@ def test_memory_that_cannot_be_had_fails_before_anything_moves(interpreted, monk
     params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
     optimizer = Ranger(params)
     optimizer.step()
-    assert len(optimizer._dispatcher._plans) == 2
+    assert len(optimizer._dispatcher._native.launchers) == 2
     before = [p.detach().clone() for p in params]
     state = copy.deepcopy(optimizer.state_dict()["state"])
 
@@ -285,12 +291,7 @@ def test_a_second_thread_is_refused(interpreted, monkeypatch):
 # --- memory --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["interpreted", "uncompiled"])
-def either_plan(request, monkeypatch):
-    return open_target(request.param, monkeypatch)
-
-
-def test_one_tensor_given_other_memory_is_seen_at_once(either_plan):
+def test_one_tensor_given_other_memory_is_seen_at_once(interpreted):
     """However many there are, and complex ones beside it."""
     tensors = [torch.randn(3, dtype=torch.complex64)] + [torch.randn(3) for _ in range(99)]
     a, b = twins(tensors)
@@ -307,17 +308,16 @@ def test_one_tensor_given_other_memory_is_seen_at_once(either_plan):
         assert_same(first, second, a, b, f"step {step}")
 
 
-def test_a_gradient_lives_as_long_as_its_step(either_plan, monkeypatch):
+def test_a_gradient_lives_as_long_as_its_step(interpreted, monkeypatch):
     """Copies of it, too: the launch finds them alive, and nobody keeps them."""
     copies, alive = [], []
 
-    def copying(param, name):
-        gradient = plain_grad(param, name)
+    def copying(param):
+        gradient = plain_grad(param)
         copies.append(weakref.ref(gradient))
         return gradient
 
-    monkeypatch.setattr("ranger_cuda.dispatch.plain_grad", copying)
-    monkeypatch.setattr("ranger_cuda.backends.python_plan.plain_grad", copying)
+    monkeypatch.setattr("ranger_cuda.native.plain_grad", copying)
     kernels = interpreted_kernels()
     real = kernels.radam_kernel
 
@@ -342,23 +342,7 @@ def test_a_gradient_lives_as_long_as_its_step(either_plan, monkeypatch):
     assert [gradient() for gradient in gradients] == [None, None]
 
 
-def test_a_step_is_refused_whole_if_the_state_of_one_plan_is_gone(interpreted, monkeypatch):
-    leave_float32_to_the_cpu(monkeypatch)
-    params = with_gradients(torch.randn(4), torch.randn(4, dtype=torch.float64))
-    optimizer = Ranger(params)
-    optimizer.step()
-    dispatcher = optimizer._dispatcher
-    assert len(dispatcher._plans) == 2
-    before = [param.detach().clone() for param in params]
-    dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
-    del optimizer.state[params[1]]
-    with pytest.raises(RuntimeError, match="state was replaced"):
-        dispatcher.launch([hyperparameters.read(optimizer.param_groups[0], lookahead=True)])
-    for param, value in zip(params, before, strict=True):
-        assert_same_bits(param, value, "parameter")
-
-
-def test_a_step_that_is_not_taken_lets_its_gradients_go(either_plan):
+def test_a_step_that_is_not_taken_lets_its_gradients_go(interpreted):
     params = with_gradients(torch.randn(4), torch.randn(4))
     optimizer = Ranger(params, backend="triton")
     optimizer.step()
@@ -369,7 +353,7 @@ def test_a_step_that_is_not_taken_lets_its_gradients_go(either_plan):
     assert [gradient() for gradient in gradients] == [None, None]
 
 
-def test_a_load_during_a_launch_leaves_it_its_memory(either_plan, monkeypatch):
+def test_a_load_during_a_launch_leaves_it_its_memory(interpreted, monkeypatch):
     """As another thread may: Triton's launches let others run."""
     kernels = interpreted_kernels()
     real = kernels.radam_kernel
@@ -417,17 +401,12 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     optimizer = Ranger(params, k=2, backend="triton")
     optimizer.step()
     assert not streams.recorded
-    (tables,) = optimizer._dispatcher._plans[0]._tables.values()
+    tables = optimizer._dispatcher._native.launchers[0].kernels._tables
     on_device = {t.data_ptr() for t in (*tables._tables, tables.layouts)}
     assert len(on_device) == 5
     streams.current = "second"
     optimizer.step()
     assert streams.recorded == {(address, "second") for address in on_device}
-    streams.recorded.clear()
-    streams.current = "third"
-    with optimizer.slow_weights():
-        pass
-    assert streams.recorded == {(address, "third") for address in on_device}
 
 
 def test_what_a_step_is_told_never_overwrites_what_is_on_its_way(interpreted, monkeypatch):
@@ -455,7 +434,7 @@ def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
     params = with_gradients(torch.randn(5))
     optimizer = Ranger(params, backend="triton")
     optimizer.step()
-    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+    monkeypatch.setattr(triton_launcher, "is_capturing", lambda: True)
     for _ in range(3):
         optimizer.step()
     captured = optimizer._dispatcher._captured
@@ -482,7 +461,7 @@ def test_a_capture_calls_nothing_of_torch_s_that_making_the_plan_did_not(gpu, mo
     optimizer = Ranger(params, backend="triton")
     with Calls() as first:
         optimizer.step()
-    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+    monkeypatch.setattr(triton_launcher, "is_capturing", lambda: True)
     with Calls() as captured:
         optimizer.step()
     writes = [name for name in captured.names if "detach" not in name and "profiler" not in name]
@@ -495,23 +474,10 @@ def test_a_plan_is_not_made_in_a_capture(interpreted, monkeypatch):
     optimizer = Ranger(params, backend="triton")
     optimizer.step()
     params[0].grad = torch.randn(4, 5).t()  # other strides, other tables
-    monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot be made in a capture"):
+    monkeypatch.setattr(triton_launcher, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be made ready in a capture"):
         optimizer.step()
     monkeypatch.undo()
-    assert optimizer.state[params[0]]["step"] == 1
-
-
-def test_a_capture_on_one_of_two_devices_is_refused(interpreted, monkeypatch):
-    params = with_gradients(torch.randn(5))
-    optimizer = Ranger(params, backend="triton")
-    optimizer.step()
-    (plan,) = optimizer._dispatcher._plans
-    plan._devices = [torch.device("cpu"), torch.device("cpu", 0)]
-    answers = iter([True, False])
-    monkeypatch.setattr(triton_plan, "is_capturing", lambda: next(answers))
-    with pytest.raises(RuntimeError, match="several devices"):
-        optimizer.step()
     assert optimizer.state[params[0]]["step"] == 1
 
 
@@ -546,7 +512,7 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
     where = []
     real = gpu.launcher_cls
     gpu.launcher_cls = lambda *args: lambda *_: (where.append(bool(inside)), real(*args)(*_))
-    for module in (triton_tables, triton_plan):
+    for module in (triton_tables, triton_launcher):
         monkeypatch.setattr(module, "on_device", Inside)
     optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
     optimizer.step()
@@ -559,25 +525,18 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
 def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
     upper = 2**64 - 64
     row = TensorRow(4, False, 0, upper, [4], [upper, 0, upper, upper, upper], [[]] * 5)
-    tables = triton_tables.DeviceTables("RADAM", {0: row}, 1, torch.device("cpu"), set())
+    tables = triton_tables.DeviceTables("RADAM", [row], 1, torch.device("cpu"), set())
     assert tables._tables.records.tolist() == [[-64, 0, -64, -64, -64, 4, -64, 0, 0]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
     assert triton_tables.number_words(number) == [-64, 1]
 
     optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
     optimizer.step()
-    (plan,) = optimizer._dispatcher._plans
-    real, told = plan._rows, []
-    plan._rows = SimpleNamespace(
-        collect=real.collect,
-        layout_changes=real.layout_changes,
-        moved=real.moved,
-        hold=real.hold,
-        gradients=lambda: [upper],
-        release=real.release,
-    )
+    (launcher,) = optimizer._dispatcher._native.launchers
+    told: list[int] = []
     monkeypatch.setattr(triton_tables.DeviceTables, "launch", lambda _, words: told.extend(words))
-    optimizer.step()
+    high = SimpleNamespace(gradients=lambda index: [upper])
+    launcher.kernels.launch(high, [read(optimizer.param_groups[0], lookahead=True)], NOTHING)
     assert told[0] == -64
 
 

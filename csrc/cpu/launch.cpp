@@ -20,11 +20,11 @@ class ChunkView {
     T* base = static_cast<T*>(row.data[stream]);
     if (base == nullptr) {
       data_ = nullptr;
-    } else if (row.strides[stream].empty()) {
+    } else if (is_consecutive()) {
       data_ = base + chunk.begin;
     } else {
       data_ = scratch;
-      for_each_offset(row.sizes, row.strides[stream], chunk.begin, chunk.count,
+      for_each_offset(row.layout->sizes, row.layout->strides[stream], chunk.begin, chunk.count,
                       [&](int64_t i, int64_t offset) { scratch[i] = base[offset]; });
     }
   }
@@ -33,14 +33,17 @@ class ChunkView {
 
   // Puts a copy's elements back; nothing to do for a tensor's own memory.
   void write_back() const {
-    const Strides& strides = row_.strides[stream_];
-    if (data_ == nullptr || strides.empty()) return;
+    if (data_ == nullptr || is_consecutive()) return;
     T* base = static_cast<T*>(row_.data[stream_]);
-    for_each_offset(row_.sizes, strides, chunk_.begin, chunk_.count,
+    for_each_offset(row_.layout->sizes, row_.layout->strides[stream_], chunk_.begin, chunk_.count,
                     [&](int64_t i, int64_t offset) { base[offset] = data_[i]; });
   }
 
  private:
+  bool is_consecutive() const {
+    return row_.layout == nullptr || row_.layout->strides[stream_].empty();
+  }
+
   const TensorRow& row_;
   const Chunk& chunk_;
   Stream stream_;
@@ -53,13 +56,6 @@ T* scratch(Stream stream) {
   thread_local std::unique_ptr<T[]> room;
   if (!room) room.reset(new T[kStreams * kChunkSize]);
   return room.get() + stream * kChunkSize;
-}
-
-bool is_consecutive(const TensorRow& row) {
-  for (const Strides& strides : row.strides) {
-    if (!strides.empty()) return false;
-  }
-  return true;
 }
 
 template <typename T>
@@ -83,7 +79,7 @@ void radam_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars& no
     args.slow = sync ? at(kSlowParam) : nullptr;
     radam(kernels(), args);
   };
-  if (is_consecutive(row)) {
+  if (row.layout == nullptr) {
     bind([&](Stream stream) { return static_cast<T*>(row.data[stream]) + chunk.begin; });
     return;
   }
@@ -114,56 +110,75 @@ void swap_chunk(const TensorRow& row, const Chunk& chunk) {
 }
 
 template <typename Body>
-void for_each_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    int64_t elements, int num_threads, Body body) {
+void for_each_chunk(const std::vector<Chunk>& chunks, int64_t elements, int num_threads,
+                    Body body) {
   const int64_t count = static_cast<int64_t>(chunks.size());
+  num_threads = static_cast<int>(std::min<int64_t>(num_threads, count));
 #pragma omp parallel for schedule(static) \
     num_threads(num_threads) if (num_threads > 1 && elements > kSerialElements)
-  for (int64_t i = 0; i < count; ++i) body(rows[chunks[i].row], chunks[i]);
-}
-
-// Those of rows that move, with their scalars.
-template <typename Body>
-void for_each_active_chunk(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                           const RowScalars& scalars, int num_threads, Body body) {
-  int64_t elements = 0;
-  for (size_t row = 0; row < rows.size(); ++row) {
-    if (scalars[row] != nullptr) elements += rows[row].numel;
-  }
-  for_each_chunk(rows, chunks, elements, num_threads,
-                 [&](const TensorRow& row, const Chunk& chunk) {
-                   const StepScalars* const now = scalars[chunk.row];
-                   if (now != nullptr) body(row, chunk, *now);
-                 });
+  for (int64_t i = 0; i < count; ++i) body(chunks[i]);
 }
 
 }  // namespace
 
-void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                const RowScalars& scalars, int num_threads) {
-  for_each_active_chunk(rows, chunks, scalars, num_threads,
-                        [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-                          row.dtype == DType::kFloat64 ? radam_chunk<double>(row, chunk, now)
-                                                       : radam_chunk<float>(row, chunk, now);
-                        });
+void Launcher::prepare(const Rows& rows) {
+  if (version_ == rows.version) return;
+  version_ = -1;
+  chunks_.clear();
+  for (size_t i = 0; i < rows.rows.size(); ++i) {
+    const TensorRow& row = rows.rows[i];
+    if (row.launcher != index_) continue;
+    for (int64_t begin = 0; begin < row.numel; begin += kChunkSize) {
+      const int64_t count = std::min<int64_t>(kChunkSize, row.numel - begin);
+      chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
+    }
+  }
+  version_ = rows.version;
 }
 
-void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const RowScalars& scalars, int num_threads) {
-  for_each_active_chunk(rows, chunks, scalars, num_threads,
-                        [](const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-                          if (!now.schedule.sync) return;
-                          row.dtype == DType::kFloat64 ? lookahead_chunk<double>(row, chunk, now)
-                                                       : lookahead_chunk<float>(row, chunk, now);
-                        });
-}
-
-void swap_slow_weights(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                       int num_threads) {
+void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hypers,
+                      const Signals& signals, int num_threads) {
+  of_row_.assign(rows.rows.size(), nullptr);
+  scalars_.clear();
+  // Parameters of a group mostly share their step, and so their scalars.
+  int32_t last_group = -1;
+  int64_t last_step = 0;
   int64_t elements = 0;
-  for (const TensorRow& row : rows) elements += row.device == kCpu ? row.numel : 0;
-  for_each_chunk(rows, chunks, elements, num_threads, [](const TensorRow& row, const Chunk& chunk) {
-    if (row.data[kSlowParam] == nullptr) return;
+  for (size_t i = 0; i < rows.rows.size(); ++i) {
+    const TensorRow& row = rows.rows[i];
+    if (!row.active || row.launcher != index_) continue;
+    const int64_t step = static_cast<int64_t>(*row.step) + 1;
+    if (row.group != last_group || step != last_step) {
+      const Hyperparameters& hyper = hypers[row.group];
+      scalars_.emplace_back(hyper, step, grad_scale(hyper, signals.unscale, signals.norm));
+      last_group = row.group;
+      last_step = step;
+    }
+    of_row_[i] = &scalars_.back();
+    elements += row.numel;
+    *row.step = static_cast<float>(step);
+  }
+  const bool fused = rule_ == Rule::kRadam;
+  for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
+    const StepScalars* const now = of_row_[chunk.row];
+    if (now == nullptr || !(fused || now->schedule.sync)) return;
+    const TensorRow& row = rows.rows[chunk.row];
+    if (row.dtype == DType::kFloat64) {
+      fused ? radam_chunk<double>(row, chunk, *now) : lookahead_chunk<double>(row, chunk, *now);
+    } else {
+      fused ? radam_chunk<float>(row, chunk, *now) : lookahead_chunk<float>(row, chunk, *now);
+    }
+  });
+}
+
+void Launcher::swap(const Rows& rows, int num_threads) const {
+  int64_t elements = 0;
+  for (const TensorRow& row : rows.rows) {
+    if (row.active && row.launcher == index_) elements += row.numel;
+  }
+  for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
+    const TensorRow& row = rows.rows[chunk.row];
+    if (!row.active) return;
     row.dtype == DType::kFloat64 ? swap_chunk<double>(row, chunk) : swap_chunk<float>(row, chunk);
   });
 }

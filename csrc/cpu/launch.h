@@ -1,9 +1,10 @@
-// One pass over all chunks of a plan, on as many threads as asked for.
+// The CPU's launcher: one pass over all chunks of its rows, on as many threads as asked for.
 #pragma once
 
+#include <deque>
 #include <vector>
 
-#include "../plan.h"
+#include "../rows.h"
 #include "../schedule.h"
 
 namespace ranger::cpu {
@@ -27,19 +28,43 @@ struct StepScalars {
   Coefficients<double> f64;
 };
 
-// For each row its scalars; nullptr for a parameter that does not move in this step.
-using RowScalars = std::vector<const StepScalars*>;
+// `count` elements of row `row`, from element `begin`.
+struct Chunk {
+  int32_t row;
+  int32_t count;
+  int64_t begin;
+};
 
-// The fused RAdam + Lookahead step of every active row.
-void radam_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                const RowScalars& scalars, int num_threads);
+// What gradients are multiplied by: see grad_scale().
+struct Signals {
+  double unscale = 1.0;
+  double norm = 1.0;
+};
 
-// The Lookahead interpolation alone, of every active row whose schedule says sync.
-void lookahead_step(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                    const RowScalars& scalars, int num_threads);
+// `rows` are the whole optimizer's, in every call: the same from prepare() to what follows it. Rows
+// of other launchers are none of its business.
+class Launcher {
+ public:
+  // `index`: that of its rows.
+  Launcher(Rule rule, int32_t index) : rule_(rule), index_(index) {}
 
-// Parameters and slow weights of every row that has them change places, bit for bit.
-void swap_slow_weights(const std::vector<TensorRow>& rows, const std::vector<Chunk>& chunks,
-                       int num_threads);
+  // Cuts the rows into chunks, if they are not those of the last call.
+  void prepare(const Rows& rows);
+  // Counts a step for each active row and runs the rule on it. `hypers`: one for each group.
+  void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
+              int num_threads);
+  // Parameters and slow weights of each active row change places, bit for bit.
+  void swap(const Rows& rows, int num_threads) const;
+
+  int64_t prepared_version() const { return version_; }
+
+ private:
+  Rule rule_;
+  int32_t index_;
+  int64_t version_ = -1;
+  std::vector<Chunk> chunks_;
+  std::deque<StepScalars> scalars_;
+  std::vector<const StepScalars*> of_row_;  // nullptr: it does not move in this step
+};
 
 }  // namespace ranger::cpu

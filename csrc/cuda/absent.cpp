@@ -1,4 +1,4 @@
-// A build without CUDA: Python sends no row to a device, and `info` says why.
+// A build without CUDA: Python makes no launcher for a device, and `info` says why.
 #include "device.h"
 #include "error.h"
 #include "launch.h"
@@ -10,7 +10,7 @@ namespace {
 
 }  // namespace
 
-struct DevicePlan::DeviceTables {};
+struct Launcher::DeviceTables {};
 
 DeviceReport report_devices() {
   DeviceReport report;
@@ -18,13 +18,10 @@ DeviceReport report_devices() {
   return report;
 }
 
-void DevicePlan::prepare(const std::vector<TensorRow>&) { refuse(); }
-void DevicePlan::schedule(const std::vector<TensorRow>&, const std::vector<char>&,
-                          const std::vector<Hyperparameters>&, const Signals&, void*) {
+void Launcher::prepare(const Rows&) { refuse(); }
+void Launcher::launch(const Rows&, const std::vector<Hyperparameters>&, const Signals&, void*) {
   refuse();
 }
-void DevicePlan::radam(const std::vector<TensorRow>&, const std::vector<char>&, void*) { refuse(); }
-void DevicePlan::lookahead(void*) { refuse(); }
-void DevicePlan::swap(void*) { refuse(); }
+void Launcher::swap(void*) { refuse(); }
 
 }  // namespace ranger::cuda

@@ -52,15 +52,10 @@ std::vector<ScheduleLaunch> cut_into_schedules(const std::vector<TensorRow>& row
 
 }  // namespace
 
-bool is_strided(const TensorRow& row) {
-  return std::any_of(row.strides.begin(), row.strides.end(),
-                     [](const Strides& strides) { return !strides.empty(); });
-}
-
-Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t device, int32_t capacity) {
+Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t capacity) {
   Geometry geometry;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].device == device) geometry.order.push_back(static_cast<int32_t>(i));
+    if (rows[i].launcher == launcher) geometry.order.push_back(static_cast<int32_t>(i));
   }
   std::stable_sort(geometry.order.begin(), geometry.order.end(), [&](int32_t a, int32_t b) {
     const auto kind = [&](int32_t i) { return std::tuple(rows[i].dtype, is_strided(rows[i])); };

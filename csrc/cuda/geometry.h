@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../plan.h"
+#include "../rows.h"
 #include "tables.h"
 
 namespace ranger::cuda {
@@ -26,17 +26,17 @@ struct ScheduleLaunch {
 };
 
 struct Geometry {
-  std::vector<int32_t> order;  // rows as they stand on the device: indices into the plan's
+  std::vector<int32_t> order;  // rows as they stand on the device: indices into the optimizer's
   std::vector<ChunkRef> chunks;
   std::vector<ScheduleLaunch> schedules;
   std::vector<Launch> steps;   // as many rows as their gradients' addresses fit
   std::vector<Launch> passes;  // without gradients: one for each kind
 };
 
-// `capacity`: gradient addresses that a launch takes.
-Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t device, int32_t capacity);
+// `launcher`: whose rows they are. `capacity`: gradient addresses that a launch takes.
+Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t capacity);
 
 // Whether any stream of the row is not consecutive.
-bool is_strided(const TensorRow& row);
+inline bool is_strided(const TensorRow& row) { return row.layout != nullptr; }
 
 }  // namespace ranger::cuda

@@ -7,7 +7,7 @@
 
 namespace ranger::cuda {
 
-struct DevicePlan::DeviceTables {
+struct Launcher::DeviceTables {
   DeviceMemory rows, scalars, chunks, layouts;
 };
 
@@ -22,14 +22,14 @@ DeviceMemory on_device(const std::vector<Record>& records) {
 }
 
 // The words of a strided row's layout: see strided_offset().
-void append_layout(std::vector<int64_t>& words, const TensorRow& row) {
-  const size_t ndim = row.sizes.size();
+void append_layout(std::vector<int64_t>& words, const Layout& layout) {
+  const size_t ndim = layout.sizes.size();
   words.push_back(static_cast<int64_t>(ndim));
-  words.insert(words.end(), row.sizes.begin(), row.sizes.end());
+  words.insert(words.end(), layout.sizes.begin(), layout.sizes.end());
   Strides consecutive(ndim);
   int64_t stride = 1;
-  for (size_t dim = ndim; dim-- > 0; stride *= row.sizes[dim]) consecutive[dim] = stride;
-  for (const Strides& strides : row.strides) {
+  for (size_t dim = ndim; dim-- > 0; stride *= layout.sizes[dim]) consecutive[dim] = stride;
+  for (const Strides& strides : layout.strides) {
     const Strides& of_stream = strides.empty() ? consecutive : strides;
     words.insert(words.end(), of_stream.begin(), of_stream.end());
   }
@@ -63,22 +63,23 @@ void by_kind(const Launch& launch, F32 f32, F32Strided f32_strided, F64 f64,
 
 }  // namespace
 
-void DevicePlan::prepare(const std::vector<TensorRow>& rows) {
-  if (tables_ && !stale_) return;
+void Launcher::prepare(const Rows& rows) {
+  if (version_ == rows.version) return;
   const DeviceGuard guard(device_);
   require<ScheduleKernel>();
-  Geometry geometry = make_geometry(rows, device_, grad_capacity());
+  Geometry geometry = make_geometry(rows.rows, index_, grad_capacity());
   std::vector<int64_t> layouts;
   std::vector<int64_t> layout_of;
   for (int32_t i : geometry.order) {
-    layout_of.push_back(is_strided(rows[i]) ? static_cast<int64_t>(layouts.size()) : -1);
-    if (is_strided(rows[i])) append_layout(layouts, rows[i]);
+    const Layout* const layout = rows.rows[i].layout.get();
+    layout_of.push_back(layout == nullptr ? -1 : static_cast<int64_t>(layouts.size()));
+    if (layout != nullptr) append_layout(layouts, *layout);
   }
   auto tables = std::make_shared<DeviceTables>();
   tables->layouts = on_device(layouts);
   std::vector<DeviceRow> records;
   for (size_t at = 0; at < geometry.order.size(); ++at) {
-    const TensorRow& row = rows[geometry.order[at]];
+    const TensorRow& row = rows.rows[geometry.order[at]];
     DeviceRow record = {};
     std::copy(row.data.begin(), row.data.end(), record.data);
     record.data[kGrad] = nullptr;
@@ -97,20 +98,25 @@ void DevicePlan::prepare(const std::vector<TensorRow>& rows) {
   geometry.chunks = {};  // the device has them now
   geometry_ = std::move(geometry);
   tables_ = std::move(tables);
-  stale_ = false;
+  version_ = rows.version;
 }
 
-Tables DevicePlan::tables(int64_t first_chunk) const {
+Tables Launcher::tables(int64_t first_chunk) const {
   return {static_cast<const DeviceRow*>(tables_->rows.get()),
           static_cast<RowScalars*>(tables_->scalars.get()),
           static_cast<const ChunkRef*>(tables_->chunks.get()) + first_chunk};
 }
 
-void DevicePlan::schedule(const std::vector<TensorRow>& rows, const std::vector<char>& active,
-                          const std::vector<Hyperparameters>& hypers, const Signals& signals,
-                          void* stream) {
+void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hypers,
+                      const Signals& signals, void* stream) {
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
+  schedule(rows, hypers, signals, stream);
+  rule_ == Rule::kRadam ? radam(rows, stream) : pass<Interpolation>(stream);
+}
+
+void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
+                        const Signals& signals, void* stream) {
   for (const ScheduleLaunch& launch : geometry_.schedules) {
     ScheduleArgs args = {};
     args.tables = tables(0);
@@ -121,20 +127,19 @@ void DevicePlan::schedule(const std::vector<TensorRow>& rows, const std::vector<
     args.found_inf = signals.found_inf;
     args.norm = signals.norm;
     for (int32_t i = 0; i < launch.row_count; ++i) {
-      const int32_t row = geometry_.order[launch.first_row + i];
-      const int32_t group = rows[row].group;
-      args.groups[group - launch.first_group] = {hypers[group], signals.lr[group]};
-      if (active[row]) args.active[i / 32] |= 1u << (i % 32);
+      const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];
+      args.groups[row.group - launch.first_group] = {hypers[row.group], signals.lr[row.group]};
+      if (row.active) args.active[i / 32] |= 1u << (i % 32);
     }
     cuda::launch<ScheduleKernel>((launch.row_count + kThreads - 1) / kThreads, stream, args);
   }
 }
 
-void DevicePlan::radam(const std::vector<TensorRow>& rows, const std::vector<char>& active,
-                       void* stream) {
-  const DeviceGuard guard(device_);
+void Launcher::radam(const Rows& rows, void* stream) {
   std::vector<void*> grads;
-  for (int32_t i : geometry_.order) grads.push_back(active[i] ? rows[i].data[kGrad] : nullptr);
+  for (int32_t i : geometry_.order) {
+    grads.push_back(rows.rows[i].active ? rows.rows[i].data[kGrad] : nullptr);
+  }
   for (const Launch& launch : geometry_.steps) {
     const Tables at = tables(launch.first_chunk);
     by_kind(
@@ -145,23 +150,21 @@ void DevicePlan::radam(const std::vector<TensorRow>& rows, const std::vector<cha
   }
 }
 
-template <class Rule>
-void DevicePlan::pass(void* stream) {
-  const DeviceGuard guard(device_);
+template <class Pass>
+void Launcher::pass(void* stream) {
   for (const Launch& launch : geometry_.passes) {
     const PassArgs args = {tables(launch.first_chunk)};
     const int64_t blocks = launch.chunk_count;
     by_kind(
-        launch, [&] { cuda::launch<SlowKernel<float, false, Rule>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<float, true, Rule>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<double, false, Rule>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<double, true, Rule>>(blocks, stream, args); });
+        launch, [&] { cuda::launch<SlowKernel<float, false, Pass>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<float, true, Pass>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<double, false, Pass>>(blocks, stream, args); },
+        [&] { cuda::launch<SlowKernel<double, true, Pass>>(blocks, stream, args); });
   }
 }
 
-void DevicePlan::lookahead(void* stream) { pass<Interpolation>(stream); }
-
-void DevicePlan::swap(void* stream) {
+void Launcher::swap(void* stream) {
+  const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
   pass<Swap>(stream);
 }

@@ -1,4 +1,4 @@
-// One device's part of a plan: its tables on the device, and the launches of a step.
+// A CUDA device's launcher: its tables on the device, and the launches of a step.
 #pragma once
 
 #include <memory>
@@ -8,6 +8,13 @@
 
 namespace ranger::cuda {
 
+// Where the rows lie, as DLPack counts.
+#if defined(RANGER_EMULATE_CUDA)
+constexpr int kDeviceType = 1;
+#else
+constexpr int kDeviceType = 2;
+#endif
+
 // What a step reads on the device, and nobody on the host.
 struct Signals {
   DeviceScalar grad_scale;       // of GradScaler; the gradients are multiplied by its inverse
@@ -16,36 +23,41 @@ struct Signals {
   std::vector<DeviceScalar> lr;  // of each group; without data: the host's number
 };
 
-// `rows` are the whole plan's, in every call. Rows of other devices are none of its business.
-class DevicePlan {
+// `rows` are the whole optimizer's, in every call: the same from prepare() to what follows it. Rows
+// of other launchers are none of its business.
+class Launcher {
  public:
-  explicit DevicePlan(int32_t device) : device_(device) {}
+  // `index`: that of its rows, which are on `device`.
+  Launcher(Rule rule, int32_t index, int32_t device)
+      : rule_(rule), index_(index), device_(device) {}
 
   int32_t device() const { return device_; }
 
-  // Brings the tables to the device, if the rows are not those of the last call. May fail; the
-  // launches after it can only where the device does.
-  void prepare(const std::vector<TensorRow>& rows);
-  void forget() { stale_ = true; }
-
-  // Counts a step for each active row and finds its scalars. `active`: for each row of the plan.
-  void schedule(const std::vector<TensorRow>& rows, const std::vector<char>& active,
-                const std::vector<Hyperparameters>& hypers, const Signals& signals, void* stream);
-  // After schedule(): the fused step, or the interpolation alone.
-  void radam(const std::vector<TensorRow>& rows, const std::vector<char>& active, void* stream);
-  void lookahead(void* stream);
-  // On its own: parameters and slow weights change places.
+  // Brings the tables to the device, if the rows are not those of the last call. May fail; what
+  // follows it can only where the device does.
+  void prepare(const Rows& rows);
+  // Counts a step for each active row, finds its scalars, and runs the rule on it.
+  void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
+              void* stream);
+  // Parameters and slow weights of all rows change places.
   void swap(void* stream);
+
+  int64_t prepared_version() const { return version_; }
 
  private:
   struct DeviceTables;
 
   Tables tables(int64_t first_chunk) const;
-  template <class Rule>
+  void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
+                const Signals& signals, void* stream);
+  void radam(const Rows& rows, void* stream);
+  template <class Pass>
   void pass(void* stream);
 
+  Rule rule_;
+  int32_t index_;
   int32_t device_;
-  bool stale_ = false;
+  int64_t version_ = -1;
   Geometry geometry_;
   std::shared_ptr<const DeviceTables> tables_;
 };

@@ -1,4 +1,4 @@
-// The CUDA runtime as far as a plan needs it: every result checked, nothing that synchronises with
+// The CUDA runtime as far as a launcher needs it: every result checked, nothing that synchronises with
 // a stream of the user's, and nothing that a capture under way would forbid or record.
 #pragma once
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../plan.h"
+#include "../rows.h"
 #include "../schedule.h"
 
 namespace ranger::cuda {

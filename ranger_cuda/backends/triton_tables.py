@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .python_plan import TensorRow, consecutive
-
 if TYPE_CHECKING:
     from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
@@ -39,6 +37,30 @@ def load_kernels() -> ModuleType:
 def word(address: int) -> int:
     """An address as a table has it: in two's complement, for devices that use the upper half."""
     return address - (1 << 64) if address >> 63 else address
+
+
+class TensorRow(NamedTuple):
+    """One parameter, as ``_C.Roster`` tells of it (``csrc/rows.h``).
+
+    Addresses are in bytes, strides in elements and in the order of the parameter's memory,
+    dimensions of one element left out.
+    """
+
+    numel: int
+    is_float64: bool
+    group: int
+    step: int  # address of its count
+    sizes: list[int]  # empty where all streams are consecutive, as their strides
+    data: list[int]  # addresses of parameter, gradient, exp_avg, exp_avg_sq, slow_param; 0: none
+    strides: list[list[int]]  # of the same; empty: its elements are consecutive
+
+
+def consecutive(sizes: Sequence[int]) -> list[int]:
+    """The strides of elements side by side."""
+    strides = [1] * len(sizes)
+    for i in range(len(sizes) - 1, 0, -1):
+        strides[i - 1] = strides[i] * sizes[i]
+    return strides
 
 
 class Launch(NamedTuple):
@@ -65,7 +87,7 @@ class DeviceTables:
     def __init__(
         self,
         rule: str,
-        rows: dict[int, TensorRow],
+        rows: Sequence[TensorRow],
         groups: int,
         device: torch.device,
         tried: set[Any],
@@ -73,8 +95,8 @@ class DeviceTables:
         self.device = device
         self._rule = rule
         self._stream = self._current_stream()
-        kind_of = {i: (row.is_float64, any(row.strides)) for i, row in rows.items()}
-        self.order = sorted(rows, key=kind_of.__getitem__)  # as they stand on the device
+        kind_of = [(row.is_float64, any(row.strides)) for row in rows]
+        self.order = sorted(range(len(rows)), key=kind_of.__getitem__)  # as they stand there
         kinds = [kind_of[i] for i in self.order]
         ordered = [rows[i] for i in self.order]
         words: list[int] = []

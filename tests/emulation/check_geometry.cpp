@@ -64,12 +64,12 @@ class Coverage {
 void check_order(const std::vector<TensorRow>& rows, const Geometry& geometry, int32_t device) {
   std::vector<bool> found(rows.size());
   for (int32_t row : geometry.order) {
-    require(rows.at(row).device == device && !found[row],
+    require(rows.at(row).launcher == device && !found[row],
             "a row of another device, or a row twice");
     found[row] = true;
   }
   for (size_t row = 0; row < rows.size(); ++row) {
-    require(found[row] || rows[row].device != device, "a row is left out");
+    require(found[row] || rows[row].launcher != device, "a row is left out");
   }
 }
 
@@ -93,10 +93,12 @@ void run() {
   std::vector<TensorRow> rows;
   TensorRow row;
   bool is_float64, strided;
-  while (std::cin >> row.numel >> row.group >> row.device >> is_float64 >> strided) {
+  while (std::cin >> row.numel >> row.group >> row.launcher >> is_float64 >> strided) {
     row.dtype = is_float64 ? DType::kFloat64 : DType::kFloat32;
-    row.sizes = {row.numel};
-    row.strides[kGrad] = strided ? Strides{2} : Strides{};
+    auto layout = std::make_shared<Layout>();
+    layout->sizes = {row.numel};
+    layout->strides[kGrad] = {2};
+    row.layout = strided ? layout : nullptr;
     rows.push_back(row);
   }
   const Geometry geometry = make_geometry(rows, device, capacity);

@@ -63,16 +63,18 @@ class Buffer {
 
 // Where the elements of a stream lie, in elements, counted up like an odometer.
 std::vector<int64_t> element_offsets(const TensorRow& row, int stream) {
+  static const Layout kConsecutive;
+  const Layout& layout = row.layout ? *row.layout : kConsecutive;
   std::vector<int64_t> offsets;
-  const Strides& strides = row.strides[stream];
-  std::vector<int64_t> digits(row.sizes.size(), 0);
+  const Strides& strides = layout.strides[stream];
+  std::vector<int64_t> digits(layout.sizes.size(), 0);
   int64_t offset = 0;
   for (int64_t i = 0; i < row.numel; ++i) {
     offsets.push_back(strides.empty() ? i : offset);
-    for (size_t dim = row.sizes.size(); !strides.empty() && dim-- > 0;) {
+    for (size_t dim = layout.sizes.size(); !strides.empty() && dim-- > 0;) {
       offset += strides[dim];
-      if (++digits[dim] < row.sizes[dim]) break;
-      offset -= strides[dim] * row.sizes[dim];
+      if (++digits[dim] < layout.sizes[dim]) break;
+      offset -= strides[dim] * layout.sizes[dim];
       digits[dim] = 0;
     }
   }
@@ -134,16 +136,15 @@ class Check {
     for (step_ = 1; step_ <= case_.steps; ++step_) {
       draw_gradients();
       draw_signals();
-      for (cuda::DevicePlan& device : devices_) device.prepare(rows_);
       const bool alone = step_ % 5 == 4;  // the interpolation, as after another optimizer's step
-      for (cuda::DevicePlan& device : devices_) {
-        device.schedule(rows_, active_, hypers_, signals_, nullptr);
-        alone ? device.lookahead(nullptr) : device.radam(rows_, active_, nullptr);
+      for (cuda::Launcher& launcher : alone ? alone_ : fused_) {
+        launcher.prepare(all_);
+        launcher.launch(all_, hypers_, signals_, nullptr);
       }
       for (int i = 0; i < case_.rows; ++i) expect_step(i, alone);
       std::string found = difference(alone ? "interpolation" : "step");
       if (found.empty() && step_ % 7 == 3) {
-        for (cuda::DevicePlan& device : devices_) device.swap(nullptr);
+        for (cuda::Launcher& launcher : alone ? alone_ : fused_) launcher.swap(nullptr);
         for (int i = 0; i < case_.rows; ++i) expect_swap(i);
         found = difference("swap");
       }
@@ -170,23 +171,24 @@ class Check {
 
   void add_row() {
     TensorRow row;
-    row.device = static_cast<int32_t>(case_.mixed && random_.one_in(4) ? random_.below(3) - 1 : 0);
+    row.launcher = case_.mixed && random_.one_in(4) ? static_cast<int32_t>(random_.below(3)) - 1 : 0;
     row.group = static_cast<int32_t>(random_.below(case_.groups));
     row.dtype = case_.mixed && random_.one_in(3) ? DType::kFloat64 : DType::kFloat32;
     const bool strided = random_.below(3) < case_.strided;
+    Layout layout;
     if (strided) {
       for (int64_t dim = 2 + random_.below(3); dim > 0; --dim) {
         const int64_t most = case_.max_numel > 0 ? 8 : 2;
-        row.sizes.push_back(random_.one_in(30) ? 0 : 1 + random_.below(most));
+        layout.sizes.push_back(random_.one_in(30) ? 0 : 1 + random_.below(most));
       }
     } else {
       const int64_t chunks = cuda::kChunkSize * random_.below(5);
       const int64_t any = random_.below(case_.max_numel);
       const int64_t drawn = random_.of<int64_t>({0, 1, 3, 7, any, any, chunks, chunks + any % 9});
-      row.sizes = {std::min(drawn, case_.max_numel)};
+      layout.sizes = {std::min(drawn, case_.max_numel)};
     }
     row.numel = 1;
-    for (int64_t size : row.sizes) row.numel *= size;
+    for (int64_t size : layout.sizes) row.numel *= size;
     const bool has_slow = hypers_[row.group].k > 0 && !random_.one_in(6);
 
     Parameter parameter;
@@ -198,12 +200,18 @@ class Check {
     if (kind == 3) {
       for (int64_t& misalignment : parameter.misalignment) misalignment = random_.below(4);
     }
+    const auto has = [&](int stream) { return stream != kSlowParam || has_slow; };
     for (int stream : {kParam, kExpAvg, kExpAvgSq, kSlowParam}) {
-      if (stream == kSlowParam && !has_slow) continue;
-      if (strided && random_.one_in(2)) row.strides[stream] = draw_strides(row, false);
-      make_stream(row, parameter, stream);
+      const bool otherwise = strided && has(stream) && random_.one_in(2);
+      if (otherwise) layout.strides[stream] = draw_strides(layout, false);
     }
-    if (strided) row.strides[kGrad] = draw_strides(row, true);
+    if (strided) {
+      layout.strides[kGrad] = draw_strides(layout, true);
+      row.layout = std::make_shared<Layout>(layout);
+    }
+    for (int stream : {kParam, kExpAvg, kExpAvgSq, kSlowParam}) {
+      if (has(stream)) make_stream(row, parameter, stream);
+    }
     parameter.step = Buffer(0, sizeof(float));
     const float step = random_.of({0.0f, 0.0f, 4.0f, 1000.0f});
     std::memcpy(parameter.step.expected(), &step, sizeof(step));
@@ -214,16 +222,16 @@ class Check {
   }
 
   // Dimensions in another order, with gaps, or, of gradients only, over the same memory again.
-  Strides draw_strides(const TensorRow& row, bool may_expand) {
-    Strides strides(row.sizes.size());
+  Strides draw_strides(const Layout& layout, bool may_expand) {
+    Strides strides(layout.sizes.size());
     std::vector<size_t> order;
-    for (size_t dim = 0; dim < row.sizes.size(); ++dim) {
+    for (size_t dim = 0; dim < layout.sizes.size(); ++dim) {
       order.insert(order.begin() + random_.below(static_cast<int64_t>(dim) + 1), dim);
     }
     int64_t stride = 1 + random_.below(3);
     for (size_t dim : order) {
       strides[dim] = stride;
-      stride = stride * row.sizes[dim] + random_.below(2);
+      stride = stride * layout.sizes[dim] + random_.below(2);
     }
     if (may_expand && random_.one_in(2))
       strides[random_.below(static_cast<int64_t>(order.size()))] = 0;
@@ -254,14 +262,15 @@ class Check {
 
   // Elsewhere in every step. A row without one keeps the address of the last: nothing is there.
   void draw_gradients() {
-    active_.assign(rows_.size(), false);
     for (size_t i = 0; i < rows_.size(); ++i) {
       Parameter& parameter = parameters_[i];
-      active_[i] = !random_.one_in(5);
-      if (active_[i]) {
-        if (!rows_[i].strides[kGrad].empty() && random_.one_in(40)) {
-          rows_[i].strides[kGrad] = draw_strides(rows_[i], true);
-          for (cuda::DevicePlan& device : devices_) device.forget();
+      rows_[i].active = !random_.one_in(5);
+      if (rows_[i].active) {
+        if (rows_[i].layout && random_.one_in(40)) {
+          Layout layout = *rows_[i].layout;
+          layout.strides[kGrad] = draw_strides(layout, true);
+          rows_[i].layout = std::make_shared<Layout>(layout);
+          ++all_.version;
         }
         make_stream(rows_[i], parameter, kGrad);
       } else {
@@ -316,7 +325,7 @@ class Check {
   }
 
   void expect_step(int i, bool alone) {
-    if (rows_[i].device == kCpu || !active_[i] || found_inf_) return;
+    if (rows_[i].launcher == kNobody || !rows_[i].active || found_inf_) return;
     float step;
     std::memcpy(&step, parameters_[i].step.expected(), sizeof(step));
     step += 1.0f;
@@ -357,7 +366,7 @@ class Check {
   void expect_swap(int i) {
     const TensorRow& row = rows_[i];
     Parameter& parameter = parameters_[i];
-    if (row.device == kCpu || !parameter.streams[kSlowParam]) return;
+    if (row.launcher == kNobody || !parameter.streams[kSlowParam]) return;
     const size_t item = item_size(row.dtype);
     const std::vector<int64_t> p = offsets_of(i, kParam), slow = offsets_of(i, kSlowParam);
     for (int64_t index = 0; index < row.numel; ++index) {
@@ -377,7 +386,7 @@ class Check {
       const TensorRow& row = rows_[i];
       const auto at = [&](const char* stream) {
         return std::string(case_.name) + ", step " + std::to_string(step_) + ", after the " +
-               after + ", row " + std::to_string(i) + " (device " + std::to_string(row.device) +
+               after + ", row " + std::to_string(i) + " (launcher " + std::to_string(row.launcher) +
                (row.dtype == DType::kFloat64 ? ", float64, " : ", float32, ") +
                std::to_string(row.numel) + " elements" +
                (cuda::is_strided(row) ? ", strided" : "") + "), " + stream + ": ";
@@ -398,12 +407,15 @@ class Check {
   const Case case_;
   Random random_;
   std::vector<Hyperparameters> hypers_;
-  std::vector<TensorRow> rows_;
+  Rows all_;
+  std::vector<TensorRow>& rows_ = all_.rows;
   std::vector<Parameter> parameters_;
-  std::array<cuda::DevicePlan, 2> devices_ = {cuda::DevicePlan(0), cuda::DevicePlan(1)};
+  std::array<cuda::Launcher, 2> fused_ = {cuda::Launcher(Rule::kRadam, 0, 0),
+                                          cuda::Launcher(Rule::kRadam, 1, 0)};
+  std::array<cuda::Launcher, 2> alone_ = {cuda::Launcher(Rule::kLookahead, 0, 0),
+                                          cuda::Launcher(Rule::kLookahead, 1, 0)};
 
   int step_ = 0;
-  std::vector<char> active_;
   std::vector<Buffer> scalars_;
   cuda::Signals signals_;
   bool found_inf_ = false;
@@ -414,7 +426,7 @@ class Check {
 // More rows than any launch takes, more groups than a schedule's launch does, and of all kinds.
 constexpr Case kCases[] = {
     {"kinds", 60, 4, 20, true, 1, 5 * cuda::kChunkSize},
-    {"groups", 100, 3 * cuda::kScheduleGroups, 15, true, 1, cuda::kChunkSize},
+    {"groups", 200, 3 * cuda::kScheduleGroups, 15, true, 1, cuda::kChunkSize},
     {"launches", 540, 2, 15, false, 0, 20},
     {"strided launches", 500, 2, 3, false, 3, 0},
     {"schedules", cuda::kScheduleRows + 100, 2, 3, false, 0, 1},

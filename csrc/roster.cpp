@@ -1,0 +1,620 @@
+#include "roster.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <unordered_set>
+
+namespace py = pybind11;
+
+namespace ranger {
+namespace {
+
+// float32 counts no further; a step after these counts none (design.md).
+constexpr float kMostSteps = 16777216.0f;
+
+// Rows ahead of the one that is described whose objects are fetched into the cache.
+constexpr size_t kAhead = 6;
+
+constexpr int kMostPasses = 10;
+
+// Borrowed names, made once and never freed.
+PyObject* interned(const char* name) {
+  PyObject* string = PyUnicode_InternFromString(name);
+  if (string == nullptr) throw py::error_already_set();
+  return string;
+}
+
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return object;
+}
+
+PyObject* torch_attribute(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+PyTypeObject* tensor_type() {
+  static PyObject* const type = torch_attribute("torch", "Tensor");
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+PyTypeObject* parameter_type() {
+  static PyObject* const type = torch_attribute("torch.nn", "Parameter");
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+bool is_plain_type(PyObject* object) {
+  return Py_TYPE(object) == tensor_type() || Py_TYPE(object) == parameter_type();
+}
+
+// A list or a tuple as it is, anything else as a list.
+py::object as_array(PyObject* object, const char* what) {
+  PyObject* array = PySequence_Fast(object, what);
+  return py::reinterpret_steal<py::object>(checked(array));
+}
+
+// The getter behind an attribute of tensors, for types that do not replace it: half the time of a
+// look-up.
+PyGetSetDescrObject* getter_of(const char* attribute) {
+  PyObject* const descriptor =
+      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr(attribute))
+          .release()
+          .ptr();
+  return Py_TYPE(descriptor) == &PyGetSetDescr_Type
+             ? reinterpret_cast<PyGetSetDescrObject*>(descriptor)
+             : nullptr;
+}
+
+// DLPack does not tell whether a tensor stands for the negative of its memory. Such a tensor is the
+// imaginary part of a complex one: its elements do not lie side by side, and a single one starts at
+// an odd multiple of the item size. Any other need not be asked.
+bool is_negated(PyObject* tensor, const DLTensor& described) {
+  static PyObject* const name = interned("is_neg");
+  const uintptr_t item = described.dtype.bits / 8;
+  bool apart = false;
+  bool side_by_side = false;
+  for (int32_t dim = 0; dim < described.ndim; ++dim) {
+    if (described.shape[dim] == 1) continue;
+    apart = true;
+    side_by_side = side_by_side || described.strides[dim] <= 1;
+  }
+  const bool odd = reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
+  if (!odd && (side_by_side || !apart)) return false;
+  const auto answer =
+      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
+  return answer.ptr() == Py_True;
+}
+
+// Whether there is memory behind a description. That of a storage that was given back lies at
+// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold. Where
+// memory really is as low as that, the offset is asked for; `last` is an address that was not it.
+bool has_memory(PyObject* tensor, const DLTensor& described, const void* last) {
+  static PyObject* const name = interned("storage_offset");
+  constexpr uintptr_t kLargestStorage = uintptr_t{1} << 40;
+  const auto address = reinterpret_cast<uintptr_t>(data_of(described));
+  if (address >= kLargestStorage || count_elements(shape_of(described)) == 0) return true;
+  if (address == 0 || data_of(described) == last) return address != 0;
+  const auto offset =
+      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
+  return offset.cast<uintptr_t>() * (described.dtype.bits / 8) != address;
+}
+
+bool is_count(float value) {
+  return value >= 0 && value <= kMostSteps && value == std::floor(value);
+}
+
+bool same_name(PyObject* a, PyObject* b) {
+  return a == b || (PyUnicode_Check(a) && PyUnicode_Compare(a, b) == 0);
+}
+
+bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
+  for (int stream = 0; stream < kStreams; ++stream) {
+    if (stream != kGrad && a.data[stream] != b.data[stream]) return false;
+  }
+  const bool same_layout =
+      a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
+  return a.step == b.step && a.numel == b.numel && a.group == b.group &&
+         a.launcher == b.launcher && a.device_type == b.device_type && a.dtype == b.dtype &&
+         same_layout;
+}
+
+}  // namespace
+
+// --- what is kept alive ---------------------------------------------------------------------------
+
+PyObject* Held::keep_new(PyObject* owned) {
+  objects_.push_back(owned);
+  return owned;
+}
+
+void Held::release() {
+  // Emptied first: what is freed may run any code, and come here again.
+  std::vector<PyObject*> objects;
+  objects.swap(objects_);
+  for (PyObject* object : objects) Py_DECREF(object);
+  objects.clear();
+  if (objects_.empty()) objects_.swap(objects);  // its room, for the next step
+}
+
+Roster::Use::Use(Roster& roster) : roster_(roster) {
+  if (roster.in_use_) throw std::runtime_error("the roster is in use, in another thread or a hook");
+  roster.in_use_ = true;
+}
+
+// --- finding ------------------------------------------------------------------------------------
+
+Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py::str step_name,
+               py::object dtensor, py::object plain, py::object plain_grad)
+    : exchange_(exchange_api),
+      dtensor_(std::move(dtensor)),
+      plain_(std::move(plain)),
+      plain_grad_(std::move(plain_grad)) {
+  if (streams.size() != kStateNames - 1) {
+    throw py::value_error("streams must be three: the names of exp_avg, exp_avg_sq and slow_param");
+  }
+  for (size_t i = 0; i < kStateNames - 1; ++i) names_[i] = streams[i];
+  names_[kStateNames - 1] = std::move(step_name);
+  for (const py::object& name : names_) {
+    if (!name.is_none() && !PyUnicode_Check(name.ptr())) {
+      throw py::type_error("the name of a state is a string or None");
+    }
+  }
+}
+
+void Roster::serve(const py::object& tensor, int32_t launcher) {
+  DLTensor found;
+  if (launcher < 0 || !look(tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
+    throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
+  }
+  kinds_.push_back({found.device, found.dtype, launcher});
+}
+
+int32_t Roster::launcher_of(const DLTensor& tensor) const {
+  for (const Kind& kind : kinds_) {
+    if (kind.device.device_type == tensor.device.device_type &&
+        kind.device.device_id == tensor.device.device_id &&
+        kind.dtype.code == tensor.dtype.code && kind.dtype.bits == tensor.dtype.bits) {
+      return kind.launcher;
+    }
+  }
+  return kNobody;
+}
+
+py::list Roster::collect(const py::sequence& param_groups, const py::dict& state,
+                         const py::object& moved, bool hold) {
+  release();
+  const Use use(*this);
+  enlist(param_groups);
+  find_movers(moved);
+  find_state(state);
+  py::list rest;
+  // Once more if Python had to help, so that in the end no other thread has run in between.
+  for (int pass = 0; pass == 0 || python_ran_; ++pass) {
+    if (pass == kMostPasses) throw std::runtime_error("tensors change while a step looks at them");
+    python_ran_ = false;
+    rest = py::list();
+    for (size_t i = 0; i < movers_.size(); ++i) {
+      if (i + kAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kAhead].items) __builtin_prefetch(item);
+      }
+      const Outcome outcome = describe(movers_[i]);
+      if (outcome == Outcome::kRow) continue;
+      rows_.rows[movers_[i].position].active = false;
+      rest.append(py::make_tuple(movers_[i].position, outcome == Outcome::kSharesMemory));
+    }
+  }
+  settle_shared_memory(rest);
+  if (hold) hold_memory();
+  is_collected_ = true;
+  return rest;
+}
+
+void Roster::hold_memory() {
+  static PyGetSetDescrObject* const alias = getter_of("data");
+  static PyObject* const kName = interned("data");
+  for (const Mover& mover : movers_) {
+    if (!rows_.rows[mover.position].active) continue;
+    for (PyObject* item : mover.items) {
+      if (item == nullptr) continue;
+      held_.keep_new(checked(alias != nullptr && is_plain_type(item)
+                                 ? alias->d_getset->get(item, alias->d_getset->closure)
+                                 : PyObject_GetAttr(item, kName)));
+    }
+  }
+  holds_memory_ = true;
+}
+
+void Roster::release() {
+  if (in_use_) throw std::runtime_error("the roster is in use, in another thread or a hook");
+  for (const Mover& mover : movers_) rows_.rows[mover.position].active = false;
+  movers_.clear();
+  is_collected_ = false;
+  holds_memory_ = false;
+  held_.release();
+}
+
+void Roster::enlist(const py::sequence& param_groups) {
+  static PyObject* const kParams = interned("params");
+  const py::object groups = as_array(param_groups.ptr(), "param_groups must be a list");
+  group_count_ = static_cast<int32_t>(PySequence_Fast_GET_SIZE(groups.ptr()));
+  bool same = true;
+  size_t at = 0;
+  for (int32_t group = 0; group < group_count_; ++group) {
+    PyObject* const options = PySequence_Fast_GET_ITEM(groups.ptr(), group);
+    if (!PyDict_Check(options)) throw py::type_error("a parameter group must be a dict");
+    PyObject* const named = PyDict_GetItemWithError(options, kParams);
+    if (named == nullptr) throw py::key_error("params");
+    const py::object params = as_array(named, "a group's params must be a list");
+    for (int32_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++at) {
+      PyObject* const param = held_.keep(PySequence_Fast_GET_ITEM(params.ptr(), i));
+      if (at == members_.size()) members_.push_back({nullptr, 0, false});
+      Member& member = members_[at];
+      if (member.param == param && member.group == group) continue;
+      member = {param, group, false};
+      same = false;
+    }
+  }
+  if (same && at == members_.size() && rows_.rows.size() == at) return;
+  members_.resize(at);
+  std::unordered_set<PyObject*> seen;
+  for (Member& member : members_) member.again = !seen.insert(member.param).second;
+  state_entries_.clear();
+  rows_.rows.assign(members_.size(), TensorRow());
+  ++rows_.version;
+}
+
+void Roster::find_movers(const py::object& moved) {
+  reads_gradients_ = moved.is_none();
+  py::object answers;
+  if (!reads_gradients_) {
+    answers = as_array(moved.ptr(), "moved must be None, or a list with a bool for each parameter");
+    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(answers.ptr())) != members_.size()) {
+      throw py::value_error("moved must say for each parameter whether it moves");
+    }
+  }
+  mover_of_.assign(members_.size(), -1);
+  for (size_t position = 0; position < members_.size(); ++position) {
+    const Member member = members_[position];
+    if (member.again) continue;
+    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}};
+    mover.items[kParam] = member.param;
+    if (!reads_gradients_) {
+      const auto index = static_cast<Py_ssize_t>(position);
+      const int moves = PyObject_IsTrue(PySequence_Fast_GET_ITEM(answers.ptr(), index));
+      if (moves < 0) throw py::error_already_set();
+      if (moves == 0) continue;
+    } else {
+      PyObject* const gradient = gradient_of(member.param);
+      if (gradient == nullptr) continue;
+      mover.items[kGrad] = gradient;
+    }
+    mover_of_[position] = static_cast<int32_t>(movers_.size());
+    movers_.push_back(mover);
+  }
+}
+
+PyObject* Roster::gradient_of(PyObject* param) {
+  static PyObject* const kName = interned("grad");
+  static PyGetSetDescrObject* const getter = getter_of("grad");
+  const bool usual = is_plain_type(param) ||
+                     reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
+  PyObject* const gradient = checked(usual && getter != nullptr
+                                         ? getter->d_getset->get(param, getter->d_getset->closure)
+                                         : PyObject_GetAttr(param, kName));
+  held_.keep_new(gradient);
+  return gradient == Py_None ? nullptr : gradient;
+}
+
+// Walking a dict in its order is faster than looking names up; so is finding the parameters there
+// where they stood in the last step.
+void Roster::find_state(const py::dict& state) {
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t place = 0;
+  size_t i = 0;
+  while (PyDict_Next(state.ptr(), &place, &key, &value)) {
+    if (i == state_entries_.size() || state_entries_[i].key != key) {
+      order_state(state);
+      find_state(state);
+      return;
+    }
+    const int32_t position = state_entries_[i++].position;
+    const int32_t mover = position < 0 ? -1 : mover_of_[position];
+    if (mover >= 0 && PyDict_Check(value)) find_items(value, movers_[mover]);
+  }
+}
+
+void Roster::order_state(const py::dict& state) {
+  std::unordered_map<PyObject*, int32_t> position_of;
+  for (size_t i = 0; i < members_.size(); ++i) {
+    position_of.emplace(members_[i].param, static_cast<int32_t>(i));  // the first, if named again
+  }
+  state_entries_.clear();
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t place = 0;
+  while (PyDict_Next(state.ptr(), &place, &key, &value)) {
+    const auto found = position_of.find(key);
+    state_entries_.push_back({key, found == position_of.end() ? -1 : found->second});
+  }
+}
+
+void Roster::find_items(PyObject* state, Mover& mover) {
+  static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
+  PyObject* name = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t place = 0;
+  while (PyDict_Next(state, &place, &name, &value)) {
+    for (int i = 0; i < kStateNames; ++i) {
+      if (names_[i].is_none() || mover.items[kItemOf[i]] != nullptr) continue;
+      if (!same_name(name, names_[i].ptr())) continue;
+      mover.items[kItemOf[i]] = held_.keep(value);
+      break;
+    }
+  }
+}
+
+// --- describing -----------------------------------------------------------------------------------
+
+bool Roster::look(PyObject* tensor, const void* last, DLTensor* found) const {
+  return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
+         found->dtype.code == kDLFloat && found->dtype.lanes == 1 && !is_negated(tensor, *found);
+}
+
+bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
+  return same_device(param, tensor) && same_dtype(param, tensor) && same_sizes(param, tensor);
+}
+
+// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of its
+// memory, or a copy of a gradient. That is Python's, and lets other threads run.
+bool Roster::resolve(Mover& mover, int item) {
+  python_ran_ = true;
+  mover.is_resolved[item] = true;
+  try {
+    const py::object found =
+        item == kGrad ? plain_grad_(py::handle(mover.param)) : plain_(py::handle(mover.items[item]));
+    mover.items[item] = held_.keep(found.ptr());
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    return false;  // the checks in Python say what is wrong
+  }
+  return true;
+}
+
+// In place of DTensors their shards, but for those still on their way. A gradient's may be laid out
+// otherwise than its parameter's.
+void Roster::find_shards(Mover& mover) {
+  static PyObject* const kLocal = interned("_local_tensor");
+  for (int item = 0; item < kItems; ++item) {
+    PyObject* const whole = mover.items[item];
+    if (whole == nullptr || item == kGrad || is_plain_type(whole)) continue;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(whole)) != dtensor_.ptr()) continue;
+    PyObject* const shard = PyObject_GetAttr(whole, kLocal);
+    if (shard == nullptr) {
+      PyErr_Clear();
+      continue;
+    }
+    held_.keep_new(shard);
+    if (is_plain_type(shard)) mover.items[item] = shard;
+  }
+}
+
+bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) {
+  find_shards(mover);
+  for (int item = 0; item < kItems; ++item) {
+    if (mover.items[item] == nullptr) continue;
+    const void* const address = item == kStep ? last.step : last.data[item];
+    const bool seen = look(mover.items[item], address, &found[item]) &&
+                      (item != kGrad || fits(found[kParam], found[kGrad]));
+    if (seen) continue;
+    if (mover.is_resolved[item] || !resolve(mover, item)) return false;
+    item = -1;  // from the start
+  }
+  return true;
+}
+
+Roster::Outcome Roster::describe(Mover& mover) {
+  for (int i = 0; i < kStateNames; ++i) {
+    static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
+    if (!names_[i].is_none() && mover.items[kItemOf[i]] == nullptr) return Outcome::kNeedsPython;
+  }
+  Described found;
+  if (!look_at_all(mover, rows_.rows[mover.position], found)) return Outcome::kNeedsPython;
+  const DLTensor& step = found[kStep];
+  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 ||
+      count_elements(shape_of(step)) != 1) {
+    return Outcome::kNeedsPython;
+  }
+  // Only on the host: nobody waits for a device to look at a count there.
+  if (step.device.device_type == kDLCPU && !is_count(*static_cast<float*>(data_of(step)))) {
+    return Outcome::kNeedsPython;
+  }
+  return enter(mover, found);
+}
+
+Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
+  const DLTensor& param = found[kParam];
+  const Shape shape = shape_of(param);
+  TensorRow next;
+  next.launcher = launcher_of(param);
+  if (next.launcher == kNobody) return Outcome::kNeedsPython;
+  next.device_type = static_cast<int8_t>(param.device.device_type);
+  next.dtype = dtype_of(param).value();
+  next.numel = count_elements(shape);
+  next.group = members_.empty() ? 0 : members_[mover.position].group;
+  next.active = true;
+  if (mover.items[kStep] != nullptr) next.step = static_cast<float*>(data_of(found[kStep]));
+  bool consecutive = true;
+  for (int stream = 0; stream < kStreams; ++stream) {
+    if (mover.items[stream] == nullptr) continue;
+    if (!fits(param, found[stream])) return Outcome::kNeedsPython;
+    next.data[stream] = data_of(found[stream]);
+    consecutive = consecutive && (next.numel == 0 || is_row_major(shape_of(found[stream])));
+  }
+  if (!consecutive) {
+    const std::vector<int32_t> order = memory_order(shape);
+    auto layout = std::make_shared<Layout>();
+    layout->sizes = ordered_sizes(shape, order);
+    bool strided = false;
+    for (int stream = 0; stream < kStreams; ++stream) {
+      if (mover.items[stream] == nullptr) continue;
+      const Shape its = shape_of(found[stream]);
+      if (stream != kGrad && !is_disjoint(its)) return Outcome::kSharesMemory;
+      layout->strides[stream] = ordered_strides(its, order);
+      strided = strided || !layout->strides[stream].empty();
+    }
+    if (strided) next.layout = std::move(layout);
+  }
+  TensorRow& row = rows_.rows[mover.position];
+  if (same_but_gradient(row, next)) {
+    row.data[kGrad] = next.data[kGrad];
+    row.active = true;
+  } else {
+    row = std::move(next);
+    ++rows_.version;
+  }
+  return Outcome::kRow;
+}
+
+// --- memory that is shared ------------------------------------------------------------------------
+
+// In parallel, kernels would race for it: such parameters move one after the other, in Python.
+void Roster::settle_shared_memory(py::list& rest) {
+  if (!may_share_memory()) return;
+  for (int32_t position : sharing_memory()) {
+    rows_.rows[position].active = false;
+    rest.append(py::make_tuple(position, true));
+  }
+}
+
+void Roster::append_spans(const TensorRow& row, int32_t position, bool gradient,
+                          std::vector<Span>& spans) const {
+  const auto append = [&](const void* data, int64_t bytes, bool written) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    if (data != nullptr && bytes > 0) {
+      spans.push_back({begin, begin + static_cast<uintptr_t>(bytes), position, written});
+    }
+  };
+  for (int stream = 0; stream < kStreams; ++stream) {
+    if (stream == kGrad && !gradient) continue;
+    const int64_t bytes = extent(row, static_cast<Stream>(stream)) * item_size(row.dtype);
+    append(row.data[stream], bytes, stream != kGrad);
+  }
+  append(row.step, sizeof(float), true);
+}
+
+// False only if no row that moves writes to what another one, or itself, reads or writes otherwise.
+// Resting rows are taken where they lay last, which can only raise a suspicion.
+bool Roster::may_share_memory() {
+  if (written_version_ != rows_.version) {
+    std::vector<Span> spans;
+    for (const TensorRow& row : rows_.rows) append_spans(row, 0, false, spans);
+    written_.clear();
+    for (const Span& span : spans) written_.emplace_back(span.begin, span.end);
+    std::sort(written_.begin(), written_.end());
+    written_overlaps_ = false;
+    for (size_t i = 1; i < written_.size(); ++i) {
+      written_overlaps_ = written_overlaps_ || written_[i].first < written_[i - 1].second;
+    }
+    written_version_ = rows_.version;
+  }
+  if (written_overlaps_) return true;
+  if (!reads_gradients_ || written_.empty()) return false;
+  for (const Mover& mover : movers_) {
+    const TensorRow& row = rows_.rows[mover.position];
+    if (!row.active || row.numel == 0) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(row.data[kGrad]);
+    const uintptr_t end = begin + static_cast<uintptr_t>(extent(row, kGrad) * item_size(row.dtype));
+    // The last that begins before the gradient's end, without a branch to predict.
+    const std::pair<uintptr_t, uintptr_t>* first = written_.data();
+    for (size_t count = written_.size(); count > 1;) {
+      const size_t half = count / 2;
+      first += first[half].first < end ? half : 0;
+      count -= half;
+    }
+    if (first->first < end && begin < first->second) return true;
+  }
+  return false;
+}
+
+std::vector<int32_t> Roster::sharing_memory() const {
+  std::vector<Span> spans;
+  for (const Mover& mover : movers_) {
+    const TensorRow& row = rows_.rows[mover.position];
+    if (row.active) append_spans(row, mover.position, reads_gradients_, spans);
+  }
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  std::vector<bool> shares(rows_.rows.size());
+  // Of the spans so far, those that reach beyond the begin of the next one.
+  std::vector<const Span*> written;
+  std::vector<const Span*> read;
+  const auto meet = [&](std::vector<const Span*>& before, const Span& span) {
+    const auto ended = [&](const Span* other) { return other->end <= span.begin; };
+    before.erase(std::remove_if(before.begin(), before.end(), ended), before.end());
+    for (const Span* other : before) shares[other->position] = shares[span.position] = true;
+  };
+  for (const Span& span : spans) {
+    meet(written, span);
+    if (span.written) meet(read, span);
+    (span.written ? written : read).push_back(&span);
+  }
+  std::vector<int32_t> positions;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    if (shares[i]) positions.push_back(static_cast<int32_t>(i));
+  }
+  return positions;
+}
+
+// --- swaps ----------------------------------------------------------------------------------------
+
+py::list Roster::pair(const py::sequence& params, const py::sequence& slow_params) {
+  if (params.size() != slow_params.size()) {
+    throw py::value_error("as many parameters as slow weights make pairs");
+  }
+  release();
+  const Use use(*this);
+  members_.clear();
+  reads_gradients_ = false;
+  rows_.rows.assign(params.size(), TensorRow());
+  ++rows_.version;
+  for (size_t i = 0; i < params.size(); ++i) {
+    Mover mover = {static_cast<int32_t>(i), nullptr, {}, {}};
+    mover.param = held_.keep_new(py::object(params[i]).release().ptr());
+    mover.items[kParam] = mover.param;
+    mover.items[kSlowParam] = held_.keep_new(py::object(slow_params[i]).release().ptr());
+    movers_.push_back(mover);
+  }
+  py::list rest;
+  for (const Mover& mover : movers_) {
+    Described found;
+    const bool is_row = look(mover.items[kParam], nullptr, &found[kParam]) &&
+                        look(mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
+                        enter(mover, found) == Outcome::kRow;
+    if (!is_row) rest.append(mover.position);
+  }
+  if (may_share_memory()) {
+    for (int32_t position : sharing_memory()) {
+      rows_.rows[position] = TensorRow();
+      rest.append(position);
+    }
+    ++rows_.version;
+  }
+  hold_memory();
+  is_collected_ = true;
+  return rest;
+}
+
+py::list Roster::moved() const {
+  py::list params;
+  for (const Mover& mover : movers_) {
+    if (rows_.rows[mover.position].active) params.append(py::handle(mover.param));
+  }
+  return params;
+}
+
+}  // namespace ranger

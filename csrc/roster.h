@@ -1,0 +1,174 @@
+// The rows of an optimizer, found, checked and described anew at every step: each address that a
+// kernel uses is read from its tensor in the same step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+#include "tensor_exchange.h"
+
+namespace ranger {
+
+// Python objects that are kept alive until release().
+class Held {
+ public:
+  Held() = default;
+  ~Held() { release(); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  PyObject* keep(PyObject* borrowed) {
+    Py_INCREF(borrowed);
+    return keep_new(borrowed);
+  }
+  PyObject* keep_new(PyObject* owned);
+  void release();
+
+ private:
+  std::vector<PyObject*> objects_;
+};
+
+// A step is collect(), which changes nothing, then each launcher's prepare() and launch(), then
+// release(). Between collect() and release() the roster keeps the tensors alive that the launches
+// read; at other times it keeps nothing. A tensor may be given other memory as soon as another thread
+// runs: what does not happen with Python's lock in the caller's hands all along needs hold_memory().
+class Roster {
+ public:
+  // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where
+  // the rule has none. `step_name`: that of the step count, a float32 scalar beside its parameter.
+  // `dtensor`: the type. Functions of Python: `plain(tensor)`, a tensor's own memory as a real
+  // tensor; `plain_grad(param)`, likewise its gradient, where the kernels cannot read it as it is.
+  // Neither may hold the roster: Python's garbage collector does not see into it.
+  Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
+         pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
+         pybind11::object plain_grad);
+
+  // From now on tensors of the dtype and on the device of `tensor` are moved by that launcher.
+  void serve(const pybind11::object& tensor, int32_t launcher);
+
+  // Finds what moves: parameters by their position in the groups' order. `moved`: for each whether
+  // it moves; None: those that have a gradient do, and it is read. Returns those that move and are
+  // no rows, with whether that is because they share memory: Python has to say what is wrong, give
+  // them the state they lack, or move them.
+  // `hold`: as hold_memory(), before any other thread can run.
+  pybind11::list collect(const pybind11::sequence& param_groups, const pybind11::dict& state,
+                         const pybind11::object& moved, bool hold);
+
+  // Until release(), keeps the memory alive that the rows that move lie in.
+  void hold_memory();
+  bool holds_memory() const { return holds_memory_; }
+
+  // In place of collect(), for swaps: pairs of tensors as kParam and kSlowParam. Returns the
+  // positions of those that are no rows.
+  pybind11::list pair(const pybind11::sequence& params, const pybind11::sequence& slow_params);
+
+  // Lets go of what was collected. Nothing moves until the next collect().
+  void release();
+
+  const Rows& rows() const { return rows_; }
+  const TensorExchange& exchange() const { return exchange_; }
+  bool is_collected() const { return is_collected_; }
+  int32_t group_count() const { return group_count_; }
+
+  // The parameters of the rows that move.
+  pybind11::list moved() const;
+
+  // While there is one, the roster stays as it is: other threads may run.
+  class Use {
+   public:
+    explicit Use(Roster& roster);
+    ~Use() { roster_.in_use_ = false; }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    Roster& roster_;
+  };
+
+ private:
+  static constexpr int kItems = kStreams + 1;  // the streams and the step count
+  static constexpr int kStep = kStreams;
+  static constexpr int kStateNames = 4;
+
+  struct Member {
+    PyObject* param;  // compared from step to step; followed only in the step it was found in
+    int32_t group;
+    bool again;  // a group names it twice; it moves once
+  };
+  struct StateEntry {
+    PyObject* key;     // only ever compared
+    int32_t position;  // of the parameter; -1: none of this optimizer's
+  };
+  struct Kind {
+    DLDevice device;
+    DLDataType dtype;
+    int32_t launcher;
+  };
+  struct Mover {
+    int32_t position;
+    PyObject* param;
+    std::array<PyObject*, kItems> items;  // or what stands for them; nullptr: there is none
+    std::array<bool, kItems> is_resolved;
+  };
+  enum class Outcome { kRow, kNeedsPython, kSharesMemory };
+  using Described = std::array<DLTensor, kItems>;
+  struct Span {
+    uintptr_t begin;
+    uintptr_t end;
+    int32_t position;
+    bool written;
+  };
+
+  void enlist(const pybind11::sequence& param_groups);
+  void find_movers(const pybind11::object& moved);
+  PyObject* gradient_of(PyObject* param);
+  void find_state(const pybind11::dict& state);
+  void order_state(const pybind11::dict& state);
+  void find_items(PyObject* state, Mover& mover);
+  Outcome describe(Mover& mover);
+  bool look_at_all(Mover& mover, const TensorRow& last, Described& found);
+  void find_shards(Mover& mover);
+  bool look(PyObject* tensor, const void* last, DLTensor* found) const;
+  bool fits(const DLTensor& param, const DLTensor& tensor) const;
+  bool resolve(Mover& mover, int item);
+  Outcome enter(const Mover& mover, const Described& found);
+  int32_t launcher_of(const DLTensor& tensor) const;
+  void settle_shared_memory(pybind11::list& rest);
+  void append_spans(const TensorRow& row, int32_t position, bool gradient,
+                    std::vector<Span>& spans) const;
+  std::vector<int32_t> sharing_memory() const;
+  bool may_share_memory();
+
+  TensorExchange exchange_;
+  std::array<pybind11::object, kStateNames> names_;  // kExpAvg, kExpAvgSq, kSlowParam, kStep
+  pybind11::object dtensor_;
+  pybind11::object plain_;
+  pybind11::object plain_grad_;
+  std::vector<Kind> kinds_;
+
+  // From step to step, to compare with.
+  std::vector<Member> members_;
+  std::vector<StateEntry> state_entries_;
+  int32_t group_count_ = 0;
+  Rows rows_;
+  std::vector<std::pair<uintptr_t, uintptr_t>> written_;  // the memory of all rows, in order
+  int64_t written_version_ = -1;
+  bool written_overlaps_ = false;
+
+  // The step under way.
+  Held held_;
+  std::vector<Mover> movers_;
+  std::vector<int32_t> mover_of_;  // for each position; -1: it rests
+  bool reads_gradients_ = false;
+  bool python_ran_ = false;  // while the rows were described
+  bool is_collected_ = false;
+  bool holds_memory_ = false;
+  bool in_use_ = false;
+};
+
+}  // namespace ranger

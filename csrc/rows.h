@@ -1,0 +1,84 @@
+// What a launch reads and writes: the tensors of each parameter, as they lie in this step. Knows
+// neither Python nor a device.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace ranger {
+
+// What is done to a parameter that moves: the fused step, or the Lookahead interpolation alone.
+enum class Rule : int8_t { kRadam, kLookahead };
+
+enum class DType : int8_t { kFloat32, kFloat64 };
+
+constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+// The tensors that belong to one parameter.
+enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kStreams };
+
+// A stride for each dimension, in elements. Empty: the elements are consecutive.
+using Strides = std::vector<int64_t>;
+
+// How streams lie that are not all consecutive, in the order that the parameter's elements lie in:
+// outermost dimension first, those of one element left out.
+struct Layout {
+  std::vector<int64_t> sizes;
+  std::array<Strides, kStreams> strides;
+
+  bool operator==(const Layout& other) const {
+    return sizes == other.sizes && strides == other.strides;
+  }
+};
+
+// Of a row that no launcher has been given.
+constexpr int32_t kNobody = -1;
+
+struct TensorRow {
+  std::array<void*, kStreams> data = {};  // nullptr: the parameter has no such stream
+  float* step = nullptr;                  // its count of steps, where its kernels run
+  int64_t numel = 0;
+  int32_t group = 0;
+  int32_t launcher = kNobody;  // whose kernels move it
+  int8_t device_type = 0;      // where it lies, as DLPack counts
+  DType dtype = DType::kFloat32;
+  bool active = false;                   // whether it moves in this step; if not, all is of its last
+  std::shared_ptr<const Layout> layout;  // nullptr: every stream is consecutive
+};
+
+// The rows of an optimizer. `version` differs whenever anything but the gradients' addresses and
+// what is active does: what a launcher derives from the rows lasts as long.
+struct Rows {
+  std::vector<TensorRow> rows;
+  int64_t version = 0;
+};
+
+// A shape and its strides as a tensor has them, both of `ndim` elements.
+struct Shape {
+  int32_t ndim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+int64_t count_elements(const Shape& shape);
+
+// Whether the elements lie side by side, the last dimension's first.
+bool is_row_major(const Shape& shape);
+
+// The order in which memory runs: dimensions of more than one element, largest stride first, so
+// that a dense tensor of any permutation is consecutive.
+std::vector<int32_t> memory_order(const Shape& shape);
+
+// The sizes in that order, and the strides: empty if the elements are consecutive.
+std::vector<int64_t> ordered_sizes(const Shape& shape, const std::vector<int32_t>& order);
+Strides ordered_strides(const Shape& shape, const std::vector<int32_t>& order);
+
+// Whether it is certain that no two elements share memory.
+bool is_disjoint(const Shape& shape);
+
+// How many elements lie between the first of a stream and the end of its last.
+int64_t extent(const TensorRow& row, Stream stream);
+
+}  // namespace ranger
