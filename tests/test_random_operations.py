@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from expendable import UNFORGIVING
 from operations.registry import EVERY, OPERATIONS
 from operations.runner import Sequence, shrink
 
@@ -24,8 +25,7 @@ SEED = 0 if "CI" in os.environ else random.randrange(10**6)
 
 def python(*arguments: str) -> tuple[int, str]:
     """Run Python beside the tests, in a process that has not started torch's threads."""
-    # What was freed is overwritten: to read it is to be noticed.
-    env = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, **UNFORGIVING, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, *arguments]
     here = Path(__file__).parent
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=here)

@@ -132,7 +132,7 @@ def gradient_is_another_gradient(side: Side, draw: Draw) -> bool:
 
 @operation()
 def gradient_is_state(side: Side, draw: Draw) -> bool:
-    return alias(side, draw, [value for _, _, value in side.states()])
+    return alias(side, draw, [value for _, name, value in side.states() if "step" not in name])
 
 
 def alias(side: Side, draw: Draw, others: list[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,16 +73,22 @@ def lose(side: Side, draw: Draw, number: int) -> bool:
 @operation(4)
 def step_is_counted_otherwise(side: Side, draw: Draw) -> bool:
     """As checkpoints of other versions count: a number, or a tensor of another kind."""
+    kinds = [int, float, torch.tensor, lambda n: torch.tensor(n, dtype=torch.float64)]
+    return recount(side, draw, kinds)
+
+
+@operation(1)
+def step_is_counted_in_another_shape(side: Side, draw: Draw) -> bool:
+    return recount(side, draw, [lambda n: torch.tensor([float(n)])])
+
+
+def recount(side: Side, draw: Draw, kinds: list[Callable[[int], Any]]) -> bool:
     name = side.variant.step_name
     states = [s for p in side.grouped() if isinstance((s := side.state_of(p)).get(name), Tensor)]
-    if not states:
-        return False
-    state = draw.choice(states)
-    count = int(state[name])
-    others: list[Any] = [count, float(count), torch.tensor(count), torch.tensor([float(count)])]
-    others.append(torch.tensor(float(count), dtype=torch.float64))
-    state[name] = draw.choice(others)
-    return True
+    if states:
+        state = draw.choice(states)
+        state[name] = draw.choice(kinds)(int(state[name]))
+    return bool(states)
 
 
 @operation()

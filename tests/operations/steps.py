@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import signal
 import sys
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .gradients import give_all, give_plain
-from .registry import FUSED, OURS, operation
-from .world import LOW_PRECISION, Draw, Side, World, threads
+from .registry import FUSED, OURS, WITH_SLOW, operation
+from .world import Draw, Side, World, threads
 
 MODES = [
     contextlib.nullcontext,
@@ -146,73 +145,96 @@ def step_as_of_a_scaler(side: Side, draw: Draw) -> None:
 # --- interrupted --------------------------------------------------------------------------------
 
 
-@operation(2, FUSED, on_both=True)
-def interrupted_step(world: World, draw: Draw) -> bool:
-    """By Ctrl-C where Python looks for signals: as a function begins, or one of C returns."""
-    countdown = int(math.exp(draw.uniform(0, math.log(800))))
+Interrupted = Callable[[Draw, Callable[[], Any]], None]
+
+
+def alarmed(arm: Callable[[], Any], call: Callable[[], Any], disarm: Callable[[], Any]) -> None:
+    """Call it while SIGALRM is, once, as Ctrl-C is."""
+    is_armed = True
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal is_armed
+        if is_armed:
+            is_armed = False
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        arm()
+        call()
+        is_armed = False
+    except KeyboardInterrupt:
+        pass
+    finally:
+        disarm()
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_python(draw: Draw, call: Callable[[], Any]) -> None:
+    """The signal comes where Python looks for one: as a function begins, or one of C returns."""
+    # A step has about 150 such places, and its first one hundreds for each parameter.
+    countdown = draw.randrange(1, draw.choice([160, 800, 1600]))
 
     def trace(frame: Any, event: str, arg: Any) -> None:
         nonlocal countdown
         if event in ("call", "c_return"):
             countdown -= 1
             if countdown == 0:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGALRM)
 
-    return interrupted(world, lambda: sys.setprofile(trace), lambda: sys.setprofile(None))
-
-
-@operation(1, FUSED, on_both=True)
-def step_interrupted_by_a_timer(world: World, draw: Draw) -> bool:
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        return interrupted(
-            world,
-            lambda: signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, 3e-4)),
-            lambda: signal.setitimer(signal.ITIMER_REAL, 0),
-        )
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    alarmed(lambda: sys.setprofile(trace), call, lambda: sys.setprofile(None))
 
 
-def interrupted(world: World, arm: Callable[[], Any], disarm: Callable[[], Any]) -> bool:
-    """Afterwards the step has been taken whole or not at all, and the next one can be."""
+def by_a_timer(draw: Draw, call: Callable[[], Any]) -> None:
+    """The signal comes at any time, and at another if this is played again."""
+    delay = draw.uniform(1e-6, 3e-4)
+    timer = signal.ITIMER_REAL
+    alarmed(lambda: signal.setitimer(timer, delay), call, lambda: signal.setitimer(timer, 0))
+
+
+@operation(2, OURS, on_both=True)
+def interrupted_step(world: World, draw: Draw) -> None:
+    step_whole_or_not(world, draw, in_python)
+
+
+@operation(1, OURS, on_both=True)
+def step_interrupted_by_a_timer(world: World, draw: Draw) -> None:
+    step_whole_or_not(world, draw, by_a_timer)
+
+
+def step_whole_or_not(world: World, draw: Draw, interrupted: Interrupted) -> None:
+    """After an interrupt the step has been taken whole or not at all, and the next one can be."""
     native = world.native
-    if not is_moved_natively(native):
-        return False
+    seed = draw.getrandbits(32)
+    for side in world.sides:
+        give_plain(side, Draw(seed))
+        if seed % 3 == 0:  # a first step of one of them
+            side.optimizer.state.pop(side.grouped()[seed % len(side.grouped())], None)
     before = native.snapshot()
-    try:
-        arm()
-        native.optimizer.step()
-        disarm()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        # Once more: it may have come while the first was on its way.
-        with contextlib.suppress(KeyboardInterrupt):
-            disarm()
-        disarm()
-    gc.collect()
-    if native.changed_since(before):
+    interrupted(draw, native.optimizer.step)
+    changed = native.changed_since(before)
+    if changed:
         world.reference.optimizer.step()
-        world.compare()
+        try:
+            world.compare()
+        except AssertionError as error:
+            raise AssertionError(f"half a step: changed is {changed}, but {error}") from error
     native.step()
     world.reference.step()
-    return True
 
 
-def is_moved_natively(side: Side) -> bool:
-    """Whether no parameter is the reference's to move, which is Python and may stop anywhere."""
-    memory = [
-        tensor.untyped_storage().data_ptr()
-        for param in side.grouped()
-        for tensor in (param, param.grad, *side.state_of(param).values())
-        if isinstance(tensor, Tensor) and tensor.numel()
-    ]
-    low = any(param.dtype in LOW_PRECISION for param in side.grouped())
-    return not low and len(set(memory)) == len(memory)
+@operation(2, WITH_SLOW)
+def interrupted_evaluation(side: Side, draw: Draw) -> None:
+    """Wherever it comes, parameters and slow weights are in their places afterwards."""
+
+    def evaluate() -> None:
+        with side.optimizer.slow_weights():
+            pass
+
+    before = side.snapshot()
+    (in_python if draw.random() < 0.7 else by_a_timer)(draw, evaluate)
+    changed = side.changed_since(before)
+    assert not changed, f"changed by an evaluation that was interrupted: {changed}"
 
 
 # --- refused ------------------------------------------------------------------------------------
