@@ -18,9 +18,11 @@ from torch import Tensor
 from . import support
 from .backends import reference
 from .backends.reference import Row
+from .checkpoint import MASTERS
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .native import Groups, Native, State, Told
+from .rounding import LOW_PRECISION
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -111,8 +113,8 @@ class _Step:
             self.gradients[position] = plain_grad(param, name)
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
         known = self.state.get(param, {})
-        for key, value in known.items():
-            check_allocated(value, f"state {key!r} of {name}")
+        for key in (self.rule.step_name, *(MASTERS if param.dtype in LOW_PRECISION else ())):
+            check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
         count = known.get(self.rule.step_name, 0)
         if not on_accelerator(count) and not is_count(count):

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from .gradients import give_plain
 from .registry import OURS, WITH_SLOW, operation
-from .world import Draw, Side, alike, copied
+from .world import LOW_PRECISION, Draw, Side, alike, copied
 
 
 def tensors_of(side: Side) -> list[Tensor]:
@@ -150,7 +150,9 @@ def step_while_memory_is_given_back(side: Side, draw: Draw) -> bool:
     rests = draw.random() < 0.3
     if rests:
         param.grad = None
-    found = [state[name] for name in side.variant.state_names if name in state]
+    # What rounding took is kept of low precision only; it may be left over.
+    unread = () if param.dtype in LOW_PRECISION else ("residual", "master")
+    found = [state[n] for n in side.variant.state_names if n in state and n not in unread]
     if side.variant.is_ours or rests:  # others do not look before they read
         found += [param] if rests else [param, param.grad]
     found = [tensor for tensor in found if has_memory_to_give(tensor)]
