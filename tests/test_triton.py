@@ -10,7 +10,7 @@ import torch
 from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Ranger, support
-from ranger_cuda.backends import triton_plan, triton_tables
+from ranger_cuda.backends import triton_launcher, triton_tables
 from targets import release
 from test_cuda_resources import cuobjdump
 
@@ -157,7 +157,7 @@ def test_a_captured_step_has_its_tables_in_the_graph(interpreted, monkeypatch):
     first, second = Ranger(a, k=2, backend="triton"), Ranger(b, k=2, backend="reference")
     for seed in range(5):
         if seed == 2:
-            monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+            monkeypatch.setattr(triton_launcher, "is_capturing", lambda: True)
         generator = torch.Generator().manual_seed(seed)
         give_gradients([torch.randn(p.shape, generator=generator) for p in b], a, b)
         first.step()
