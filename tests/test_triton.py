@@ -1,4 +1,4 @@
-"""The Triton backend: what its compiler makes of the kernels, and how its plan launches them."""
+"""The Triton backend: what its compiler makes of the kernels, and how its launcher launches them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 
 def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
-    """A kernel's machine code for ``target``, with the options that the plan gives."""
+    """A kernel's machine code for ``target``, with the options that the launcher gives."""
     kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
     options = triton_tables.options(kernels, triton_tables.Launch(dtype, strided, 0, 1)) | more
