@@ -1,4 +1,4 @@
-"""The Triton backend: what its compiler makes of the kernels, and how its launcher launches them."""
+"""The Triton backend: what its compiler makes of the kernels, and how they are launched."""
 
 from __future__ import annotations
 
