@@ -91,7 +91,7 @@ cuda::Signals to_signals(const py::tuple& fields, size_t groups, const TensorExc
   return signals;
 }
 
-// --- launchers ------------------------------------------------------------------------------------
+// --- launchers -----------------------------------------------------------------------------------
 
 // A launcher as Python holds it: whatever is wrong with a call raises before anything is launched.
 template <class Launcher>
@@ -263,10 +263,10 @@ py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& 
                      const py::dict& state, const py::object& moved, const py::sequence& hypers,
                      double unscale, double norm, int num_threads) {
   const CpuStep told(hypers, unscale, norm, num_threads);
-  return launcher.step(
-      roster, param_groups, state, moved, told.groups.size(), [&](cpu::Launcher& its) {
-        its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
-      });
+  return launcher.step(roster, param_groups, state, moved, told.groups.size(),
+                       [&](cpu::Launcher& its) {
+                         its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+                       });
 }
 
 void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
@@ -299,10 +299,10 @@ py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence
                       const py::dict& state, const py::object& moved, const py::sequence& hypers,
                       const py::tuple& signals) {
   const CudaStep told(hypers, signals, roster, launcher.launcher().device());
-  return launcher.step(
-      roster, param_groups, state, moved, told.groups.size(), [&](cuda::Launcher& its) {
-        its.launch(roster.rows(), told.groups, told.signals, told.stream);
-      });
+  return launcher.step(roster, param_groups, state, moved, told.groups.size(),
+                       [&](cuda::Launcher& its) {
+                         its.launch(roster.rows(), told.groups, told.signals, told.stream);
+                       });
 }
 
 void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
@@ -310,11 +310,11 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
   launcher.swap(roster, [&](cuda::Launcher& its) { its.swap(stream); });
 }
 
-// --- what the roster tells launchers in Python ------------------------------------------------------
+// --- what the roster tells launchers in Python ---------------------------------------------------
 
 // (numel, is_float64, group, the step count's address, sizes, each stream's address and strides); 0
-// for a stream that is not there, and for the gradient. Sizes and strides are empty where all streams
-// are consecutive.
+// for a stream that is not there, and for the gradient. Sizes and strides are empty where all
+// streams are consecutive.
 py::list rows_of(const Roster& roster, int32_t launcher) {
   static const Layout kNone;
   py::list told;
@@ -342,7 +342,7 @@ py::list gradients_of(const Roster& roster, int32_t launcher) {
   return told;
 }
 
-// --- interrupts -------------------------------------------------------------------------------------
+// --- interrupts ----------------------------------------------------------------------------------
 
 // Python runs the handlers of signals at a function's first instruction, where no `try` of its own
 // is yet. What this returns calls `function` again, ignoring its arguments, until `is_done()`, and
@@ -370,7 +370,7 @@ py::cpp_function insist(const py::function& function, const py::function& is_don
   });
 }
 
-// --- for tests, and for `info` ------------------------------------------------------------------------
+// --- for tests, and for `info` -------------------------------------------------------------------
 
 py::tuple schedule_of(const py::tuple& fields, int64_t step) {
   const Schedule s = schedule(to_hyperparameters(fields), step);
@@ -433,6 +433,7 @@ PYBIND11_MODULE(_C, module) {
       .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
            py::arg("moved") = py::none(), py::arg("hold") = false)
+      .def("leave_out", &Roster::leave_out, py::arg("tensors"))
       .def("pair", &Roster::pair, py::arg("params"), py::arg("slow_params"))
       .def("release", &Roster::release)
       .def("moved", &Roster::moved)

@@ -16,8 +16,9 @@ namespace {
 // float32 counts no further; a step after these counts none (design.md).
 constexpr float kMostSteps = 16777216.0f;
 
-// Rows ahead of the one that is described whose objects are fetched into the cache.
-constexpr size_t kAhead = 6;
+// How many rows ahead of the one that is described the cache is told what comes.
+constexpr size_t kObjectsAhead = 8;
+constexpr size_t kTensorsAhead = 4;
 
 constexpr int kMostPasses = 10;
 
@@ -32,6 +33,8 @@ PyObject* checked(PyObject* object) {
   if (object == nullptr) throw py::error_already_set();
   return object;
 }
+
+py::object take(PyObject* owned) { return py::reinterpret_steal<py::object>(checked(owned)); }
 
 PyObject* torch_attribute(const char* module, const char* name) {
   return py::object(py::module_::import(module).attr(name)).release().ptr();
@@ -49,6 +52,19 @@ PyTypeObject* parameter_type() {
 
 bool is_plain_type(PyObject* object) {
   return Py_TYPE(object) == tensor_type() || Py_TYPE(object) == parameter_type();
+}
+
+// Most of a description's time is three waits for memory, one behind the other: for Python's
+// object, for torch's tensor behind it, and for its storage. An object has the tensor's address in
+// one of its first words, by torch's version; if it is neither, nothing but a hint is wasted.
+void prefetch_tensor(PyObject* object) {
+  static const bool has_words =
+      tensor_type()->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*));
+  if (object == nullptr || !has_words || !is_plain_type(object)) return;
+  const char* const* const words = reinterpret_cast<const char* const*>(object + 1);
+  for (int word = 0; word < 2; ++word) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(words[word] + 64 * line);
+  }
 }
 
 // A list or a tuple as it is, anything else as a list.
@@ -69,11 +85,27 @@ PyGetSetDescrObject* getter_of(const char* attribute) {
              : nullptr;
 }
 
-// DLPack does not tell whether a tensor stands for the negative of its memory. Such a tensor is the
-// imaginary part of a complex one: its elements do not lie side by side, and a single one starts at
-// an odd multiple of the item size. Any other need not be asked.
-bool is_negated(PyObject* tensor, const DLTensor& described) {
+// Whether a tensor stands for the negative of its memory, which DLPack does not tell.
+bool is_negated(PyObject* tensor) {
   static PyObject* const name = interned("is_neg");
+  static PyObject* const method =
+      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr("is_neg"))
+          .release()
+          .ptr();
+  // Without the look-up of a name, where the method is one of C.
+  if (Py_TYPE(method) == &PyMethodDescr_Type && is_plain_type(tensor)) {
+    const PyMethodDef* const definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
+    if (definition->ml_flags == METH_NOARGS) {
+      return take(definition->ml_meth(tensor, nullptr)).ptr() == Py_True;
+    }
+  }
+  return take(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
+}
+
+// False for tensors that need not be asked, unless somebody made them with as_strided(): one that
+// is negated is the imaginary part of a complex one, its elements do not lie side by side, and a
+// single one starts at an odd multiple of the item size.
+bool may_be_negated(const DLTensor& described) {
   const uintptr_t item = described.dtype.bits / 8;
   bool apart = false;
   bool side_by_side = false;
@@ -83,23 +115,20 @@ bool is_negated(PyObject* tensor, const DLTensor& described) {
     side_by_side = side_by_side || described.strides[dim] <= 1;
   }
   const bool odd = reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
-  if (!odd && (side_by_side || !apart)) return false;
-  const auto answer =
-      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
-  return answer.ptr() == Py_True;
+  return odd || (apart && !side_by_side);
 }
 
 // Whether there is memory behind a description. That of a storage that was given back lies at
-// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold. Where
-// memory really is as low as that, the offset is asked for; `last` is an address that was not it.
+// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold.
+// Where memory really is as low as that, the offset is asked for; `last` is an address that was not
+// it.
 bool has_memory(PyObject* tensor, const DLTensor& described, const void* last) {
   static PyObject* const name = interned("storage_offset");
   constexpr uintptr_t kLargestStorage = uintptr_t{1} << 40;
   const auto address = reinterpret_cast<uintptr_t>(data_of(described));
   if (address >= kLargestStorage || count_elements(shape_of(described)) == 0) return true;
   if (address == 0 || data_of(described) == last) return address != 0;
-  const auto offset =
-      py::reinterpret_steal<py::object>(checked(PyObject_CallMethodNoArgs(tensor, name)));
+  const py::object offset = take(PyObject_CallMethodNoArgs(tensor, name));
   return offset.cast<uintptr_t>() * (described.dtype.bits / 8) != address;
 }
 
@@ -115,16 +144,14 @@ bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
   for (int stream = 0; stream < kStreams; ++stream) {
     if (stream != kGrad && a.data[stream] != b.data[stream]) return false;
   }
-  const bool same_layout =
-      a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
-  return a.step == b.step && a.numel == b.numel && a.group == b.group &&
-         a.launcher == b.launcher && a.device_type == b.device_type && a.dtype == b.dtype &&
-         same_layout;
+  const bool same_layout = a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
+  return a.step == b.step && a.numel == b.numel && a.group == b.group && a.launcher == b.launcher &&
+         a.device_type == b.device_type && a.dtype == b.dtype && same_layout;
 }
 
 }  // namespace
 
-// --- what is kept alive ---------------------------------------------------------------------------
+// --- what is kept alive --------------------------------------------------------------------------
 
 PyObject* Held::keep_new(PyObject* owned) {
   objects_.push_back(owned);
@@ -167,7 +194,7 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
 
 void Roster::serve(const py::object& tensor, int32_t launcher) {
   DLTensor found;
-  if (launcher < 0 || !look(tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
+  if (launcher < 0 || !look(kParam, tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
     throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
   }
   kinds_.push_back({found.device, found.dtype, launcher});
@@ -176,8 +203,8 @@ void Roster::serve(const py::object& tensor, int32_t launcher) {
 int32_t Roster::launcher_of(const DLTensor& tensor) const {
   for (const Kind& kind : kinds_) {
     if (kind.device.device_type == tensor.device.device_type &&
-        kind.device.device_id == tensor.device.device_id &&
-        kind.dtype.code == tensor.dtype.code && kind.dtype.bits == tensor.dtype.bits) {
+        kind.device.device_id == tensor.device.device_id && kind.dtype.code == tensor.dtype.code &&
+        kind.dtype.bits == tensor.dtype.bits) {
       return kind.launcher;
     }
   }
@@ -198,8 +225,11 @@ py::list Roster::collect(const py::sequence& param_groups, const py::dict& state
     python_ran_ = false;
     rest = py::list();
     for (size_t i = 0; i < movers_.size(); ++i) {
-      if (i + kAhead < movers_.size()) {
-        for (PyObject* item : movers_[i + kAhead].items) __builtin_prefetch(item);
+      if (i + kObjectsAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kObjectsAhead].items) __builtin_prefetch(item);
+      }
+      if (i + kTensorsAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_tensor(item);
       }
       const Outcome outcome = describe(movers_[i]);
       if (outcome == Outcome::kRow) continue;
@@ -279,6 +309,9 @@ void Roster::find_movers(const py::object& moved) {
   mover_of_.assign(members_.size(), -1);
   for (size_t position = 0; position < members_.size(); ++position) {
     const Member member = members_[position];
+    if (reads_gradients_ && position + kTensorsAhead < members_.size()) {
+      prefetch_tensor(members_[position + kTensorsAhead].param);
+    }
     if (member.again) continue;
     Mover mover = {static_cast<int32_t>(position), member.param, {}, {}};
     mover.items[kParam] = member.param;
@@ -300,10 +333,10 @@ void Roster::find_movers(const py::object& moved) {
 PyObject* Roster::gradient_of(PyObject* param) {
   static PyObject* const kName = interned("grad");
   static PyGetSetDescrObject* const getter = getter_of("grad");
-  const bool usual = is_plain_type(param) ||
-                     reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
-  PyObject* const gradient = checked(usual && getter != nullptr
-                                         ? getter->d_getset->get(param, getter->d_getset->closure)
+  const bool usual =
+      is_plain_type(param) || reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
+  PyObject* const gradient =
+      checked(usual && getter != nullptr ? getter->d_getset->get(param, getter->d_getset->closure)
                                          : PyObject_GetAttr(param, kName));
   held_.keep_new(gradient);
   return gradient == Py_None ? nullptr : gradient;
@@ -318,14 +351,27 @@ void Roster::find_state(const py::dict& state) {
   size_t i = 0;
   while (PyDict_Next(state.ptr(), &place, &key, &value)) {
     if (i == state_entries_.size() || state_entries_[i].key != key) {
+      states_.clear();
       order_state(state);
       find_state(state);
       return;
     }
     const int32_t position = state_entries_[i++].position;
     const int32_t mover = position < 0 ? -1 : mover_of_[position];
-    if (mover >= 0 && PyDict_Check(value)) find_items(value, movers_[mover]);
+    if (mover < 0 || !PyDict_Check(value)) continue;
+    __builtin_prefetch(value);
+    states_.emplace_back(mover, value);
   }
+  for (size_t at = 0; at < states_.size(); ++at) {
+    if (at + kTensorsAhead < states_.size()) {
+      const auto* const next = reinterpret_cast<PyDictObject*>(states_[at + kTensorsAhead].second);
+      for (int line = 0; line < 3; ++line) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next->ma_keys) + 64 * line);
+      }
+    }
+    find_items(states_[at].second, movers_[states_[at].first]);
+  }
+  states_.clear();
 }
 
 void Roster::order_state(const py::dict& state) {
@@ -358,25 +404,26 @@ void Roster::find_items(PyObject* state, Mover& mover) {
   }
 }
 
-// --- describing -----------------------------------------------------------------------------------
+// --- describing ----------------------------------------------------------------------------------
 
-bool Roster::look(PyObject* tensor, const void* last, DLTensor* found) const {
+bool Roster::look(int item, PyObject* tensor, const void* last, DLTensor* found) const {
   return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
-         found->dtype.code == kDLFloat && found->dtype.lanes == 1 && !is_negated(tensor, *found);
+         found->dtype.code == kDLFloat && found->dtype.lanes == 1 &&
+         !((item == kGrad || may_be_negated(*found)) && is_negated(tensor));
 }
 
 bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
   return same_device(param, tensor) && same_dtype(param, tensor) && same_sizes(param, tensor);
 }
 
-// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of its
-// memory, or a copy of a gradient. That is Python's, and lets other threads run.
+// Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of
+// its memory, or a copy of a gradient. That is Python's, and lets other threads run.
 bool Roster::resolve(Mover& mover, int item) {
   python_ran_ = true;
   mover.is_resolved[item] = true;
   try {
-    const py::object found =
-        item == kGrad ? plain_grad_(py::handle(mover.param)) : plain_(py::handle(mover.items[item]));
+    const py::object found = item == kGrad ? plain_grad_(py::handle(mover.param))
+                                           : plain_(py::handle(mover.items[item]));
     mover.items[item] = held_.keep(found.ptr());
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;
@@ -408,7 +455,7 @@ bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) 
   for (int item = 0; item < kItems; ++item) {
     if (mover.items[item] == nullptr) continue;
     const void* const address = item == kStep ? last.step : last.data[item];
-    const bool seen = look(mover.items[item], address, &found[item]) &&
+    const bool seen = look(item, mover.items[item], address, &found[item]) &&
                       (item != kGrad || fits(found[kParam], found[kGrad]));
     if (seen) continue;
     if (mover.is_resolved[item] || !resolve(mover, item)) return false;
@@ -425,8 +472,7 @@ Roster::Outcome Roster::describe(Mover& mover) {
   Described found;
   if (!look_at_all(mover, rows_.rows[mover.position], found)) return Outcome::kNeedsPython;
   const DLTensor& step = found[kStep];
-  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 ||
-      count_elements(shape_of(step)) != 1) {
+  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
     return Outcome::kNeedsPython;
   }
   // Only on the host: nobody waits for a device to look at a count there.
@@ -480,12 +526,12 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   return Outcome::kRow;
 }
 
-// --- memory that is shared ------------------------------------------------------------------------
+// --- memory that is shared -----------------------------------------------------------------------
 
 // In parallel, kernels would race for it: such parameters move one after the other, in Python.
 void Roster::settle_shared_memory(py::list& rest) {
   if (!may_share_memory()) return;
-  for (int32_t position : sharing_memory()) {
+  for (int32_t position : sharing_memory(spans_of_movers())) {
     rows_.rows[position].active = false;
     rest.append(py::make_tuple(position, true));
   }
@@ -541,22 +587,34 @@ bool Roster::may_share_memory() {
   return false;
 }
 
-std::vector<int32_t> Roster::sharing_memory() const {
+std::vector<Roster::Span> Roster::spans_of_movers() const {
   std::vector<Span> spans;
   for (const Mover& mover : movers_) {
     const TensorRow& row = rows_.rows[mover.position];
     if (row.active) append_spans(row, mover.position, reads_gradients_, spans);
   }
+  return spans;
+}
+
+// The rows of which some span overlaps another that is written. A position of -1 is no row.
+std::vector<int32_t> Roster::sharing_memory(std::vector<Span> spans) const {
   std::sort(spans.begin(), spans.end(),
             [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  std::vector<bool> shares(rows_.rows.size());
+  std::vector<bool> shares(rows_.rows.size() + 1);  // the last one: of no row
+  const auto mark = [&](const Span& span) {
+    shares[span.position < 0 ? rows_.rows.size() : span.position] = true;
+  };
   // Of the spans so far, those that reach beyond the begin of the next one.
   std::vector<const Span*> written;
   std::vector<const Span*> read;
   const auto meet = [&](std::vector<const Span*>& before, const Span& span) {
     const auto ended = [&](const Span* other) { return other->end <= span.begin; };
     before.erase(std::remove_if(before.begin(), before.end(), ended), before.end());
-    for (const Span* other : before) shares[other->position] = shares[span.position] = true;
+    for (const Span* other : before) {
+      if (other->position < 0 && span.position < 0) continue;
+      mark(*other);
+      mark(span);
+    }
   };
   for (const Span& span : spans) {
     meet(written, span);
@@ -564,13 +622,39 @@ std::vector<int32_t> Roster::sharing_memory() const {
     (span.written ? written : read).push_back(&span);
   }
   std::vector<int32_t> positions;
-  for (size_t i = 0; i < shares.size(); ++i) {
+  for (size_t i = 0; i < rows_.rows.size(); ++i) {
     if (shares[i]) positions.push_back(static_cast<int32_t>(i));
   }
   return positions;
 }
 
-// --- swaps ----------------------------------------------------------------------------------------
+py::list Roster::leave_out(const py::sequence& tensors) {
+  const Use use(*this);
+  std::vector<Span> spans = spans_of_movers();
+  const size_t its = spans.size();
+  for (py::handle tensor : tensors) {
+    DLTensor found;
+    if (!exchange_.describe(tensor.ptr(), &found) || data_of(found) == nullptr) continue;
+    const Shape shape = shape_of(found);
+    if (count_elements(shape) == 0) continue;
+    int64_t last = 0;
+    for (int32_t dim = 0; dim < shape.ndim; ++dim) {
+      last += (shape.sizes[dim] - 1) * shape.strides[dim];
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(data_of(found));
+    const auto bytes = static_cast<uintptr_t>((last + 1) * found.dtype.bits / 8);
+    spans.push_back({begin, begin + bytes, -1, true});
+  }
+  py::list left;
+  if (its == 0 || its == spans.size()) return left;
+  for (int32_t position : sharing_memory(std::move(spans))) {
+    rows_.rows[position].active = false;
+    left.append(position);
+  }
+  return left;
+}
+
+// --- swaps ---------------------------------------------------------------------------------------
 
 py::list Roster::pair(const py::sequence& params, const py::sequence& slow_params) {
   if (params.size() != slow_params.size()) {
@@ -592,13 +676,13 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
   py::list rest;
   for (const Mover& mover : movers_) {
     Described found;
-    const bool is_row = look(mover.items[kParam], nullptr, &found[kParam]) &&
-                        look(mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
+    const bool is_row = look(kParam, mover.items[kParam], nullptr, &found[kParam]) &&
+                        look(kSlowParam, mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
                         enter(mover, found) == Outcome::kRow;
     if (!is_row) rest.append(mover.position);
   }
   if (may_share_memory()) {
-    for (int32_t position : sharing_memory()) {
+    for (int32_t position : sharing_memory(spans_of_movers())) {
       rows_.rows[position] = TensorRow();
       rest.append(position);
     }

@@ -35,15 +35,16 @@ class Held {
 
 // A step is collect(), which changes nothing, then each launcher's prepare() and launch(), then
 // release(). Between collect() and release() the roster keeps the tensors alive that the launches
-// read; at other times it keeps nothing. A tensor may be given other memory as soon as another thread
-// runs: what does not happen with Python's lock in the caller's hands all along needs hold_memory().
+// read; at other times it keeps nothing. A tensor may be given other memory as soon as another
+// thread runs: what does not happen with Python's lock in the caller's hands all along needs
+// hold_memory().
 class Roster {
  public:
-  // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None where
-  // the rule has none. `step_name`: that of the step count, a float32 scalar beside its parameter.
-  // `dtensor`: the type. Functions of Python: `plain(tensor)`, a tensor's own memory as a real
-  // tensor; `plain_grad(param)`, likewise its gradient, where the kernels cannot read it as it is.
-  // Neither may hold the roster: Python's garbage collector does not see into it.
+  // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None
+  // where the rule has none. `step_name`: that of the step count, a float32 scalar beside its
+  // parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`, a tensor's own memory as
+  // a real tensor; `plain_grad(param)`, likewise its gradient, where the kernels cannot read it as
+  // it is. Neither may hold the roster: Python's garbage collector does not see into it.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
          pybind11::object plain_grad);
@@ -62,6 +63,10 @@ class Roster {
   // Until release(), keeps the memory alive that the rows that move lie in.
   void hold_memory();
   bool holds_memory() const { return holds_memory_; }
+
+  // Leaves out of what was collected the rows that share memory with any of these tensors, and
+  // returns their positions.
+  pybind11::list leave_out(const pybind11::sequence& tensors);
 
   // In place of collect(), for swaps: pairs of tensors as kParam and kSlowParam. Returns the
   // positions of those that are no rows.
@@ -133,7 +138,7 @@ class Roster {
   Outcome describe(Mover& mover);
   bool look_at_all(Mover& mover, const TensorRow& last, Described& found);
   void find_shards(Mover& mover);
-  bool look(PyObject* tensor, const void* last, DLTensor* found) const;
+  bool look(int item, PyObject* tensor, const void* last, DLTensor* found) const;
   bool fits(const DLTensor& param, const DLTensor& tensor) const;
   bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);
@@ -141,7 +146,8 @@ class Roster {
   void settle_shared_memory(pybind11::list& rest);
   void append_spans(const TensorRow& row, int32_t position, bool gradient,
                     std::vector<Span>& spans) const;
-  std::vector<int32_t> sharing_memory() const;
+  std::vector<Span> spans_of_movers() const;
+  std::vector<int32_t> sharing_memory(std::vector<Span> spans) const;
   bool may_share_memory();
 
   TensorExchange exchange_;
@@ -163,7 +169,8 @@ class Roster {
   // The step under way.
   Held held_;
   std::vector<Mover> movers_;
-  std::vector<int32_t> mover_of_;  // for each position; -1: it rests
+  std::vector<int32_t> mover_of_;                      // for each position; -1: it rests
+  std::vector<std::pair<int32_t, PyObject*>> states_;  // of movers, while they are looked through
   bool reads_gradients_ = false;
   bool python_ran_ = false;  // while the rows were described
   bool is_collected_ = false;

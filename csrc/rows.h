@@ -44,7 +44,7 @@ struct TensorRow {
   int32_t launcher = kNobody;  // whose kernels move it
   int8_t device_type = 0;      // where it lies, as DLPack counts
   DType dtype = DType::kFloat32;
-  bool active = false;                   // whether it moves in this step; if not, all is of its last
+  bool active = false;  // whether it moves in this step; if not, all is of its last
   std::shared_ptr<const Layout> layout;  // nullptr: every stream is consecutive
 };
 

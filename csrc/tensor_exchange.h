@@ -16,7 +16,8 @@ class TensorExchange {
   // `capsule`: torch.Tensor.__dlpack_c_exchange_api__.
   explicit TensorExchange(const pybind11::capsule& capsule);
 
-  // The tensor's description, valid until the tensor is changed; false if it has none (sparse, meta,
+  // The tensor's description, valid until the tensor is changed; false if it has none (sparse,
+  // meta,
   // ...). Lazy negation and conjugation are NOT in it, nor whether its storage holds any memory.
   bool describe(PyObject* tensor, DLTensor* description) const;
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from . import support
 from .backends import reference
 from .backends.reference import Row
+from .checkpoint import MASTERS
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .native import Groups, Native, State, Told
+from .rounding import LOW_PRECISION
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -111,8 +113,8 @@ class _Step:
             self.gradients[position] = plain_grad(param, name)
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
         known = self.state.get(param, {})
-        for key, value in known.items():
-            check_allocated(value, f"state {key!r} of {name}")
+        for key in (self.rule.step_name, *(MASTERS if param.dtype in LOW_PRECISION else ())):
+            check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
         count = known.get(self.rule.step_name, 0)
         if not on_accelerator(count) and not is_count(count):
@@ -131,11 +133,12 @@ class _Step:
         if missing:
             self.missing[param] = missing
 
-    def gradient(self, position: int, member: Member) -> Tensor | None:
-        """The gradient of a parameter that moves."""
+    def row(self, position: int, member: Member) -> Row:
+        """A parameter that the reference moves."""
+        param, group, name = member
         if self.moved is None and position not in self.gradients:
-            self.gradients[position] = plain_grad(member.param, member.name)
-        return self.gradients.get(position)
+            self.gradients[position] = plain_grad(param, name)
+        return Row(param, self.gradients.get(position), self.state[param], group)
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""
@@ -302,15 +305,19 @@ class Dispatcher:
         """What the roster leaves, with all its state, is the reference's."""
         if rest:
             found = list(members(step.param_groups))
+            rows: dict[int, Row] = {}
             for position, shares in rest:
                 if not shares and step.backends.get(position) != "reference":
                     raise RuntimeError(
                         f"{found[position].name} changed while the step was being prepared; do not "
                         "change an optimizer from another thread while it steps"
                     )
-                param, group, _ = found[position]
-                gradient = step.gradient(position, found[position])
-                self._rows.append(Row(param, gradient, step.state[param], group))
+                rows[position] = step.row(position, found[position])
+            if self._native is not None:  # who shares memory with these moves in turn with them
+                tensors = [tensor for row in rows.values() for tensor in row.tensors()]
+                for position in self._native.roster.leave_out(tensors):
+                    rows[position] = step.row(position, found[position])
+            self._rows = [rows[position] for position in sorted(rows)]
         if self._native is not None:
             self._native.prepare()
 

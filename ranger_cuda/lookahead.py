@@ -154,15 +154,17 @@ class Lookahead(SlowWeights, Optimizer):
         Returns:
             What the inner optimizer's ``step`` returned.
         """
-        any_may_move = closure is not None  # it makes the gradients within the inner step
-        first = self._first_slow_params(any_may_move)
-        moved = self._have_gradient()
-        with Deferred() as deferred:  # an interrupt between the two would lose a step of the cycle
-            if closure is None:
-                result = self.optimizer.step()
-            else:
-                result = self.optimizer.step(deferred.interruptible(closure))
-            self._pull(first, self._have_gradient() if any_may_move else moved)
+        self._check_ready("step()")
+        with self._dispatcher.alone():
+            any_may_move = closure is not None  # it makes the gradients within the inner step
+            first = self._first_slow_params(any_may_move)
+            moved = self._have_gradient()
+            with Deferred() as deferred:  # an interrupt in between would lose a step of the cycle
+                if closure is None:
+                    result = self.optimizer.step()
+                else:
+                    result = self.optimizer.step(deferred.interruptible(closure))
+                self._pull(first, self._have_gradient() if any_may_move else moved)
         return result
 
     def _have_gradient(self) -> list[bool]:
@@ -175,7 +177,6 @@ class Lookahead(SlowWeights, Optimizer):
     @torch.compiler.disable
     def _first_slow_params(self, any_may_move: bool) -> dict[Tensor, Tensor]:
         """The slow weights of parameters that may move now and have none."""
-        self._check_ready("step()")
         self._complete_groups()
         params = self._params()
         may_move = [any_may_move or param.grad is not None for param in params]
@@ -192,21 +193,21 @@ class Lookahead(SlowWeights, Optimizer):
         for param, _, name in members(self.param_groups):
             if param in lacking:
                 check_param(param, name)
-        first = {param: new_slow_param(param) for param in lacking}
+        with torch.inference_mode(False):  # what is made in it could not be written outside
+            first = {param: new_slow_param(param) for param in lacking}
         state = self.state
         if first:  # as if they were there
             state = {param: {**state.get(param, {})} for param in params}
             for param, slow in first.items():
                 state[param]["slow_param"] = slow
         dispatcher = self._dispatcher
-        with dispatcher.alone():
-            try:
-                # What does not fit, or cannot be had, raises before the inner optimizer's step.
-                dispatcher.collect(self.param_groups, state, self._new_state, may_move)
-                if first:
-                    dispatcher.rehearse()
-            finally:
-                dispatcher.release()
+        try:
+            # What does not fit, or cannot be had, raises before the inner optimizer's step.
+            dispatcher.collect(self.param_groups, state, self._new_state, may_move)
+            if first:
+                dispatcher.rehearse()
+        finally:
+            dispatcher.release()
         return first
 
     @torch.compiler.disable
@@ -217,10 +218,8 @@ class Lookahead(SlowWeights, Optimizer):
                 if moves and param in first:
                     # Not before: an empty state is how optimizers know a parameter's first step.
                     self.state[param]["slow_param"] = first[param]
-        dispatcher = self._dispatcher  # a load in another thread makes a new one
-        with dispatcher.alone():
-            hypers = [interpolation(group) for group in self.param_groups]
-            dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
+        hypers = [interpolation(group) for group in self.param_groups]
+        self._dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
 
     @staticmethod
     def _new_state(

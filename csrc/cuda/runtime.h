@@ -1,5 +1,5 @@
-// The CUDA runtime as far as a launcher needs it: every result checked, nothing that synchronises with
-// a stream of the user's, and nothing that a capture under way would forbid or record.
+// The CUDA runtime as far as a launcher needs it: every result checked, nothing that synchronises
+// with a stream of the user's, and nothing that a capture under way would forbid or record.
 #pragma once
 
 #if defined(RANGER_EMULATE_CUDA)

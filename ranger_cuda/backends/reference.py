@@ -29,6 +29,11 @@ class Row(NamedTuple):
     state: dict[str, Any]
     group: int
 
+    def tensors(self) -> list[Tensor]:
+        """All memory that a step of this parameter reads or writes."""
+        state = [plain(value) for value in self.state.values() if torch.is_tensor(value)]
+        return [plain(self.param), *state, *([] if self.grad is None else [self.grad])]
+
 
 @torch.no_grad()
 def radam_step(
