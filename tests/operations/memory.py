@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from .gradients import give_plain
 from .registry import OURS, WITH_SLOW, operation
-from .world import LOW_PRECISION, Draw, Side, alike, copied
+from .world import LOW_PRECISION, Draw, Side, World, alike, copied
 
 
 def tensors_of(side: Side) -> list[Tensor]:
@@ -129,45 +129,57 @@ def state_data_moves(side: Side, draw: Draw) -> bool:
 
 
 @operation(4)
-def memory_is_given_back_for_a_while(side: Side, draw: Draw) -> bool:
+def memory_is_given_back_for_a_while(side: Side, draw: Draw) -> None:
     """As FSDP does; it comes back elsewhere, with the values it had."""
-    tensors = [t for t in tensors_of(side) if has_memory_to_give(t)]
-    for tensor in some(draw, tensors):
-        restore = give_back(tensor)
+    for tensor in some(draw, tensors_of(side)):
         keep = torch.empty(draw.randrange(1, 4000))  # what comes next does not come here
-        restore()
+        if has_memory_to_give(tensor):
+            give_back(tensor)()
         del keep
-    return bool(tensors)
 
 
-@operation()
-def step_while_memory_is_given_back(side: Side, draw: Draw) -> bool:
+@operation(on_both=True)
+def step_while_memory_is_given_back(world: World, draw: Draw) -> bool:
     """Refused where the step would touch it, and not where its parameter rests."""
-    give_plain(side, draw)
-    side.step()
-    param = draw.choice(side.grouped())
-    state = side.state_of(param)
+    native = world.native
+    seed = draw.getrandbits(32)
+    for side in world.sides:
+        give_plain(side, Draw(seed))
+        side.step()
+    i = draw.randrange(len(native.grouped()))
     rests = draw.random() < 0.3
     if rests:
-        param.grad = None
-    # What rounding took is kept of low precision only; it may be left over.
-    unread = () if param.dtype in LOW_PRECISION else ("residual", "master")
-    found = [state[n] for n in side.variant.state_names if n in state and n not in unread]
-    if side.variant.is_ours or rests:  # others do not look before they read
-        found += [param] if rests else [param, param.grad]
-    found = [tensor for tensor in found if has_memory_to_give(tensor)]
-    if not found or len(in_memory_of(side, param)) > 1:
+        for side in world.sides:
+            side.grouped()[i].grad = None
+    found = [n for n, t in touched(native, i).items() if has_memory_to_give(t)]
+    if not found or len(in_memory_of(native, native.grouped()[i])) > 1:
         return False
-    restore = give_back(draw.choice(found))
-    try:
-        if rests:
-            side.step()
-        else:
-            side.is_refused("not allocated")
-    finally:
-        restore()
-    side.step()
+    name = draw.choice(found)
+    for side in world.sides:
+        tensor = touched(side, i)[name]
+        # The reference shows exp_avg_sq to NumPy, and from then on it has none to give.
+        restore = give_back(tensor) if has_memory_to_give(tensor) else None
+        try:
+            if rests:
+                side.step()
+            elif restore:
+                assert "not allocated" in str(side.refusal(side.optimizer.step)), "not refused"
+        finally:
+            if restore:
+                restore()
+        side.step()
     return True
+
+
+def touched(side: Side, i: int) -> dict[str, Tensor]:
+    """What a step touches of a parameter."""
+    param = side.grouped()[i]
+    found = {name: side.state_of(param).get(name) for name in side.variant.state_names}
+    if param.dtype not in LOW_PRECISION:
+        found = {name: t for name, t in found.items() if name not in ("residual", "master")}
+    if side.variant.is_ours or param.grad is None:  # torch's own do not look before they read
+        found |= {"parameter": param, "gradient": param.grad}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def in_memory_of(side: Side, param: Tensor) -> list[Tensor]:
