@@ -129,11 +129,11 @@ class Bound {
   py::list step(Roster& roster, const py::sequence& param_groups, const py::dict& state,
                 const py::object& moved, size_t groups, const Run& run) {
     const InUse in_use(in_use_);
-    const py::list rest = roster.collect(param_groups, state, moved, false);
+    // Other threads may run while it works, if that is worth what holding the memory costs.
+    const py::list rest = roster.collect(param_groups, state, moved, is_large(roster));
     if (!rest.empty()) return rest;
     const Roster::Use use(roster);
     prepare_rows(roster);
-    if (is_large(roster)) roster.hold_memory();  // others may run while it works
     launch_rows(roster, groups, run);
     return rest;
   }
@@ -195,17 +195,13 @@ class Bound {
     run(launcher_);
   }
 
-  // Whether letting other threads run is worth what holding the memory costs, about a microsecond a
-  // tensor.
+  // As the rows were in the last step.
   static bool is_large(const Roster& roster) {
     constexpr int64_t kElements = 65536;  // of a row, on average
+    const std::vector<TensorRow>& rows = roster.rows().rows;
     int64_t elements = 0;
-    int64_t count = 0;
-    for (const TensorRow& row : roster.rows().rows) {
-      elements += row.active ? row.numel : 0;
-      count += row.active;
-    }
-    return elements > kElements * count;
+    for (const TensorRow& row : rows) elements += row.numel;
+    return elements > kElements * static_cast<int64_t>(rows.size());
   }
 
   void require_prepared(const Roster& roster) const {
@@ -351,20 +347,19 @@ py::list gradients_of(const Roster& roster, int32_t launcher) {
 py::cpp_function insist(const py::function& function, const py::function& is_done) {
   return py::cpp_function([=](const py::args&) {
     std::optional<py::error_already_set> first;
-    for (bool done = false; !done;) {
+    constexpr int kMostTries = 100;
+    bool done = false;
+    for (int i = 0; i < kMostTries && !done; ++i) {
       try {
         function();
         done = true;
       } catch (py::error_already_set& error) {
         if (!first) first.emplace(error);
       }
-      while (!done) {
-        try {
-          done = is_done().cast<bool>();
-          break;
-        } catch (py::error_already_set& error) {
-          if (!first) first.emplace(error);
-        }
+      try {
+        done = done || is_done().cast<bool>();
+      } catch (py::error_already_set& error) {
+        if (!first) first.emplace(error);
       }
     }
     if (first) throw py::error_already_set(*first);

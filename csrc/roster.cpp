@@ -1,6 +1,7 @@
 #include "roster.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -67,6 +68,9 @@ void prefetch_tensor(PyObject* object) {
   }
 }
 
+// What code that runs meanwhile does not change.
+py::object as_tuple(PyObject* object) { return take(PySequence_Tuple(object)); }
+
 // A list or a tuple as it is, anything else as a list.
 py::object as_array(PyObject* object, const char* what) {
   PyObject* array = PySequence_Fast(object, what);
@@ -85,51 +89,41 @@ PyGetSetDescrObject* getter_of(const char* attribute) {
              : nullptr;
 }
 
-// Whether a tensor stands for the negative of its memory, which DLPack does not tell.
+// Whether a tensor stands for the negative of its memory, which DLPack does not tell. Torch lets
+// other threads run while it answers.
 bool is_negated(PyObject* tensor) {
   static PyObject* const name = interned("is_neg");
-  static PyObject* const method =
-      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr("is_neg"))
-          .release()
-          .ptr();
-  // Without the look-up of a name, where the method is one of C.
-  if (Py_TYPE(method) == &PyMethodDescr_Type && is_plain_type(tensor)) {
-    const PyMethodDef* const definition = reinterpret_cast<PyMethodDescrObject*>(method)->d_method;
-    if (definition->ml_flags == METH_NOARGS) {
-      return take(definition->ml_meth(tensor, nullptr)).ptr() == Py_True;
-    }
-  }
   return take(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
 }
 
-// False for tensors that need not be asked, unless somebody made them with as_strided(): one that
-// is negated is the imaginary part of a complex one, its elements do not lie side by side, and a
-// single one starts at an odd multiple of the item size.
+// False for tensors that need not be asked: one that is negated is the imaginary part of a complex
+// one. No two of its elements are neighbours, and a single one starts at an odd multiple of its
+// size.
 bool may_be_negated(const DLTensor& described) {
   const uintptr_t item = described.dtype.bits / 8;
-  bool apart = false;
-  bool side_by_side = false;
+  bool is_single = true;
   for (int32_t dim = 0; dim < described.ndim; ++dim) {
     if (described.shape[dim] == 1) continue;
-    apart = true;
-    side_by_side = side_by_side || described.strides[dim] <= 1;
+    if (described.strides[dim] == 1) return false;
+    is_single = false;
   }
-  const bool odd = reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
-  return odd || (apart && !side_by_side);
+  return !is_single || reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
 }
 
-// Whether there is memory behind a description. That of a storage that was given back lies at
-// nullptr, so the address is then the tensor's offset in it: below all that a storage can hold.
-// Where memory really is as low as that, the offset is asked for; `last` is an address that was not
-// it.
-bool has_memory(PyObject* tensor, const DLTensor& described, const void* last) {
-  static PyObject* const name = interned("storage_offset");
+// Whether there may be no memory behind a description. That of a storage that was given back lies
+// at nullptr, so the address is then the tensor's offset in it: below all that a storage can hold.
+bool may_be_unallocated(const DLTensor& described) {
   constexpr uintptr_t kLargestStorage = uintptr_t{1} << 40;
+  return reinterpret_cast<uintptr_t>(data_of(described)) < kLargestStorage;
+}
+
+// For these; where memory really is as low as that, the offset tells.
+bool is_unallocated(PyObject* tensor, const DLTensor& described) {
+  static PyObject* const name = interned("storage_offset");
   const auto address = reinterpret_cast<uintptr_t>(data_of(described));
-  if (address >= kLargestStorage || count_elements(shape_of(described)) == 0) return true;
-  if (address == 0 || data_of(described) == last) return address != 0;
+  if (address == 0) return true;
   const py::object offset = take(PyObject_CallMethodNoArgs(tensor, name));
-  return offset.cast<uintptr_t>() * (described.dtype.bits / 8) != address;
+  return offset.cast<uintptr_t>() * (described.dtype.bits / 8) == address;
 }
 
 bool is_count(float value) {
@@ -138,6 +132,12 @@ bool is_count(float value) {
 
 bool same_name(PyObject* a, PyObject* b) {
   return a == b || (PyUnicode_Check(a) && PyUnicode_Compare(a, b) == 0);
+}
+
+// No two states of any two rosters have the same.
+int64_t next_version() {
+  static std::atomic<int64_t> last{0};
+  return ++last;
 }
 
 bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
@@ -180,6 +180,10 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)) {
+  if (!PyType_Check(dtensor_.ptr()) ||
+      !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(dtensor_.ptr()), tensor_type())) {
+    throw py::type_error("dtensor must be a type of tensors");
+  }
   if (streams.size() != kStateNames - 1) {
     throw py::value_error("streams must be three: the names of exp_avg, exp_avg_sq and slow_param");
   }
@@ -194,7 +198,8 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
 
 void Roster::serve(const py::object& tensor, int32_t launcher) {
   DLTensor found;
-  if (launcher < 0 || !look(kParam, tensor.ptr(), nullptr, &found) || !dtype_of(found)) {
+  const void* cleared = nullptr;
+  if (launcher < 0 || !look(tensor.ptr(), &cleared, &found) || !dtype_of(found)) {
     throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
   }
   kinds_.push_back({found.device, found.dtype, launcher});
@@ -215,12 +220,25 @@ py::list Roster::collect(const py::sequence& param_groups, const py::dict& state
                          const py::object& moved, bool hold) {
   release();
   const Use use(*this);
-  enlist(param_groups);
-  find_movers(moved);
-  find_state(state);
+  try {
+    enlist(param_groups);
+    find_movers(moved);
+    find_state(state);
+    if (hold) hold_memory();
+    py::list rest = describe_all();
+    settle_shared_memory(rest);
+    is_collected_ = true;
+    return rest;
+  } catch (...) {
+    forget();  // what is half compared
+    throw;
+  }
+}
+
+py::list Roster::describe_all() {
   py::list rest;
-  // Once more if Python had to help, so that in the end no other thread has run in between.
-  for (int pass = 0; pass == 0 || python_ran_; ++pass) {
+  // Once more if other code may have run, so that none has in the end; or the memory is held.
+  for (int pass = 0; pass == 0 || (python_ran_ && !holds_memory_); ++pass) {
     if (pass == kMostPasses) throw std::runtime_error("tensors change while a step looks at them");
     python_ran_ = false;
     rest = py::list();
@@ -237,31 +255,48 @@ py::list Roster::collect(const py::sequence& param_groups, const py::dict& state
       rest.append(py::make_tuple(movers_[i].position, outcome == Outcome::kSharesMemory));
     }
   }
-  settle_shared_memory(rest);
-  if (hold) hold_memory();
-  is_collected_ = true;
   return rest;
 }
 
+// Aliases in place of the tensors, before anything is described: they keep the memory that they
+// were made of, whatever the tensors are given.
 void Roster::hold_memory() {
   static PyGetSetDescrObject* const alias = getter_of("data");
   static PyObject* const kName = interned("data");
-  for (const Mover& mover : movers_) {
-    if (!rows_.rows[mover.position].active) continue;
-    for (PyObject* item : mover.items) {
+  for (Mover& mover : movers_) {
+    find_shards(mover);
+    for (PyObject*& item : mover.items) {
       if (item == nullptr) continue;
-      held_.keep_new(checked(alias != nullptr && is_plain_type(item)
+      PyObject* const held = is_plain_type(item) && alias != nullptr
                                  ? alias->d_getset->get(item, alias->d_getset->closure)
-                                 : PyObject_GetAttr(item, kName)));
+                                 : PyObject_GetAttr(item, kName);
+      if (held != nullptr) {
+        item = held_.keep_new(held);
+      } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear();  // no tensor: the checks in Python say so
+      } else {
+        throw py::error_already_set();
+      }
     }
   }
   holds_memory_ = true;
+}
+
+void Roster::forget() {
+  members_.clear();
+  state_entries_.clear();
+  states_.clear();
+  movers_.clear();
+  mover_of_.clear();
+  rows_.rows.clear();
+  rows_.version = next_version();
 }
 
 void Roster::release() {
   if (in_use_) throw std::runtime_error("the roster is in use, in another thread or a hook");
   for (const Mover& mover : movers_) rows_.rows[mover.position].active = false;
   movers_.clear();
+  states_.clear();
   is_collected_ = false;
   holds_memory_ = false;
   held_.release();
@@ -269,12 +304,12 @@ void Roster::release() {
 
 void Roster::enlist(const py::sequence& param_groups) {
   static PyObject* const kParams = interned("params");
-  const py::object groups = as_array(param_groups.ptr(), "param_groups must be a list");
-  group_count_ = static_cast<int32_t>(PySequence_Fast_GET_SIZE(groups.ptr()));
+  const py::object groups = as_tuple(param_groups.ptr());
+  group_count_ = static_cast<int32_t>(PyTuple_GET_SIZE(groups.ptr()));
   bool same = true;
   size_t at = 0;
   for (int32_t group = 0; group < group_count_; ++group) {
-    PyObject* const options = PySequence_Fast_GET_ITEM(groups.ptr(), group);
+    PyObject* const options = PyTuple_GET_ITEM(groups.ptr(), group);
     if (!PyDict_Check(options)) throw py::type_error("a parameter group must be a dict");
     PyObject* const named = PyDict_GetItemWithError(options, kParams);
     if (named == nullptr) throw py::key_error("params");
@@ -294,15 +329,15 @@ void Roster::enlist(const py::sequence& param_groups) {
   for (Member& member : members_) member.again = !seen.insert(member.param).second;
   state_entries_.clear();
   rows_.rows.assign(members_.size(), TensorRow());
-  ++rows_.version;
+  rows_.version = next_version();
 }
 
 void Roster::find_movers(const py::object& moved) {
   reads_gradients_ = moved.is_none();
   py::object answers;
   if (!reads_gradients_) {
-    answers = as_array(moved.ptr(), "moved must be None, or a list with a bool for each parameter");
-    if (static_cast<size_t>(PySequence_Fast_GET_SIZE(answers.ptr())) != members_.size()) {
+    answers = as_tuple(moved.ptr());
+    if (static_cast<size_t>(PyTuple_GET_SIZE(answers.ptr())) != members_.size()) {
       throw py::value_error("moved must say for each parameter whether it moves");
     }
   }
@@ -313,11 +348,11 @@ void Roster::find_movers(const py::object& moved) {
       prefetch_tensor(members_[position + kTensorsAhead].param);
     }
     if (member.again) continue;
-    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}};
+    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}, {}};
     mover.items[kParam] = member.param;
     if (!reads_gradients_) {
       const auto index = static_cast<Py_ssize_t>(position);
-      const int moves = PyObject_IsTrue(PySequence_Fast_GET_ITEM(answers.ptr(), index));
+      const int moves = PyObject_IsTrue(PyTuple_GET_ITEM(answers.ptr(), index));
       if (moves < 0) throw py::error_already_set();
       if (moves == 0) continue;
     } else {
@@ -390,7 +425,6 @@ void Roster::order_state(const py::dict& state) {
 }
 
 void Roster::find_items(PyObject* state, Mover& mover) {
-  static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
   PyObject* name = nullptr;
   PyObject* value = nullptr;
   Py_ssize_t place = 0;
@@ -406,10 +440,22 @@ void Roster::find_items(PyObject* state, Mover& mover) {
 
 // --- describing ----------------------------------------------------------------------------------
 
-bool Roster::look(int item, PyObject* tensor, const void* last, DLTensor* found) const {
-  return exchange_.describe(tensor, found) && has_memory(tensor, *found, last) &&
-         found->dtype.code == kDLFloat && found->dtype.lanes == 1 &&
-         !((item == kGrad || may_be_negated(*found)) && is_negated(tensor));
+// What DLPack does not tell is asked of the tensor, which may let other code run: once for the
+// memory that it has, `cleared`.
+bool Roster::look(PyObject* tensor, const void** cleared, DLTensor* found) {
+  if (!exchange_.describe(tensor, found)) return false;
+  if (found->dtype.code != kDLFloat || found->dtype.lanes != 1) return false;
+  if (count_elements(shape_of(*found)) == 0) return true;
+  if (data_of(*found) == *cleared && *cleared != nullptr) return true;
+  const bool low = may_be_unallocated(*found);
+  const bool lazy = may_be_negated(*found);
+  if (low || lazy) {
+    python_ran_ = true;
+    if ((low && is_unallocated(tensor, *found)) || (lazy && is_negated(tensor))) return false;
+    if (!exchange_.describe(tensor, found)) return false;
+  }
+  *cleared = data_of(*found);
+  return true;
 }
 
 bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
@@ -450,15 +496,15 @@ void Roster::find_shards(Mover& mover) {
   }
 }
 
-bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) {
+bool Roster::look_at_all(Mover& mover, Described& found) {
   find_shards(mover);
   for (int item = 0; item < kItems; ++item) {
     if (mover.items[item] == nullptr) continue;
-    const void* const address = item == kStep ? last.step : last.data[item];
-    const bool seen = look(item, mover.items[item], address, &found[item]) &&
+    const bool seen = look(mover.items[item], &mover.cleared[item], &found[item]) &&
                       (item != kGrad || fits(found[kParam], found[kGrad]));
     if (seen) continue;
     if (mover.is_resolved[item] || !resolve(mover, item)) return false;
+    mover.cleared[item] = nullptr;
     item = -1;  // from the start
   }
   return true;
@@ -466,11 +512,10 @@ bool Roster::look_at_all(Mover& mover, const TensorRow& last, Described& found) 
 
 Roster::Outcome Roster::describe(Mover& mover) {
   for (int i = 0; i < kStateNames; ++i) {
-    static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
     if (!names_[i].is_none() && mover.items[kItemOf[i]] == nullptr) return Outcome::kNeedsPython;
   }
   Described found;
-  if (!look_at_all(mover, rows_.rows[mover.position], found)) return Outcome::kNeedsPython;
+  if (!look_at_all(mover, found)) return Outcome::kNeedsPython;
   const DLTensor& step = found[kStep];
   if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
     return Outcome::kNeedsPython;
@@ -521,7 +566,7 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
     row.active = true;
   } else {
     row = std::move(next);
-    ++rows_.version;
+    rows_.version = next_version();
   }
   return Outcome::kRow;
 }
@@ -657,28 +702,30 @@ py::list Roster::leave_out(const py::sequence& tensors) {
 // --- swaps ---------------------------------------------------------------------------------------
 
 py::list Roster::pair(const py::sequence& params, const py::sequence& slow_params) {
-  if (params.size() != slow_params.size()) {
+  const py::tuple first(as_tuple(params.ptr()));
+  const py::tuple second(as_tuple(slow_params.ptr()));
+  if (first.size() != second.size()) {
     throw py::value_error("as many parameters as slow weights make pairs");
   }
   release();
   const Use use(*this);
-  members_.clear();
+  forget();
   reads_gradients_ = false;
-  rows_.rows.assign(params.size(), TensorRow());
-  ++rows_.version;
-  for (size_t i = 0; i < params.size(); ++i) {
-    Mover mover = {static_cast<int32_t>(i), nullptr, {}, {}};
-    mover.param = held_.keep_new(py::object(params[i]).release().ptr());
+  rows_.rows.assign(first.size(), TensorRow());
+  for (size_t i = 0; i < first.size(); ++i) {
+    Mover mover = {static_cast<int32_t>(i), held_.keep(first[i].ptr()), {}, {}, {}};
     mover.items[kParam] = mover.param;
-    mover.items[kSlowParam] = held_.keep_new(py::object(slow_params[i]).release().ptr());
+    mover.items[kSlowParam] = held_.keep(second[i].ptr());
     movers_.push_back(mover);
   }
+  hold_memory();
   py::list rest;
-  for (const Mover& mover : movers_) {
+  for (Mover& mover : movers_) {
     Described found;
-    const bool is_row = look(kParam, mover.items[kParam], nullptr, &found[kParam]) &&
-                        look(kSlowParam, mover.items[kSlowParam], nullptr, &found[kSlowParam]) &&
-                        enter(mover, found) == Outcome::kRow;
+    const auto sees = [&](Stream stream) {
+      return look(mover.items[stream], &mover.cleared[stream], &found[stream]);
+    };
+    const bool is_row = sees(kParam) && sees(kSlowParam) && enter(mover, found) == Outcome::kRow;
     if (!is_row) rest.append(mover.position);
   }
   if (may_share_memory()) {
@@ -686,9 +733,8 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
       rows_.rows[position] = TensorRow();
       rest.append(position);
     }
-    ++rows_.version;
+    rows_.version = next_version();
   }
-  hold_memory();
   is_collected_ = true;
   return rest;
 }

@@ -35,9 +35,7 @@ class Held {
 
 // A step is collect(), which changes nothing, then each launcher's prepare() and launch(), then
 // release(). Between collect() and release() the roster keeps the tensors alive that the launches
-// read; at other times it keeps nothing. A tensor may be given other memory as soon as another
-// thread runs: what does not happen with Python's lock in the caller's hands all along needs
-// hold_memory().
+// read; at other times it keeps nothing.
 class Roster {
  public:
   // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None
@@ -56,12 +54,11 @@ class Roster {
   // it moves; None: those that have a gradient do, and it is read. Returns those that move and are
   // no rows, with whether that is because they share memory: Python has to say what is wrong, give
   // them the state they lack, or move them.
-  // `hold`: as hold_memory(), before any other thread can run.
+  // `hold`: keep their memory, not just the tensors, alive until release(), about a quarter of a
+  // microsecond each. Without, it is what the tensors have only until other code of Python's runs.
   pybind11::list collect(const pybind11::sequence& param_groups, const pybind11::dict& state,
                          const pybind11::object& moved, bool hold);
 
-  // Until release(), keeps the memory alive that the rows that move lie in.
-  void hold_memory();
   bool holds_memory() const { return holds_memory_; }
 
   // Leaves out of what was collected the rows that share memory with any of these tensors, and
@@ -99,6 +96,7 @@ class Roster {
   static constexpr int kItems = kStreams + 1;  // the streams and the step count
   static constexpr int kStep = kStreams;
   static constexpr int kStateNames = 4;
+  static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
 
   struct Member {
     PyObject* param;  // compared from step to step; followed only in the step it was found in
@@ -119,6 +117,7 @@ class Roster {
     PyObject* param;
     std::array<PyObject*, kItems> items;  // or what stands for them; nullptr: there is none
     std::array<bool, kItems> is_resolved;
+    std::array<const void*, kItems> cleared;  // memory of which all is known that DLPack lacks
   };
   enum class Outcome { kRow, kNeedsPython, kSharesMemory };
   using Described = std::array<DLTensor, kItems>;
@@ -136,9 +135,12 @@ class Roster {
   void order_state(const pybind11::dict& state);
   void find_items(PyObject* state, Mover& mover);
   Outcome describe(Mover& mover);
-  bool look_at_all(Mover& mover, const TensorRow& last, Described& found);
+  bool look_at_all(Mover& mover, Described& found);
+  pybind11::list describe_all();
+  void hold_memory();
+  void forget();
   void find_shards(Mover& mover);
-  bool look(int item, PyObject* tensor, const void* last, DLTensor* found) const;
+  bool look(PyObject* tensor, const void** cleared, DLTensor* found);
   bool fits(const DLTensor& param, const DLTensor& tensor) const;
   bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);

@@ -6,6 +6,7 @@ raises here, before anything is changed. ``launch`` moves them.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -292,7 +293,7 @@ class Dispatcher:
         if self._native is None:
             return [(position, False) for position in step.movers()]
         # What another thread gives other memory meanwhile, a launch must not find freed.
-        hold = threading.active_count() > 1
+        hold = len(sys._current_frames()) > 1
         return sorted(self._native.roster.collect(step.param_groups, step.state, step.moved, hold))
 
     def _serve(self, found: list[Member]) -> bool:

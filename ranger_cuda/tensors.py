@@ -172,6 +172,10 @@ def check_state(
     for key in keys:
         if key is None:
             continue
+        if not isinstance(state[key], Tensor):
+            raise RuntimeError(
+                f"state {key!r} of {name} is {state[key]!r}, but it must be a tensor"
+            )
         value = local(state[key])
         check_allocated(value, f"state {key!r} of {name}")
         found = (value.dtype, value.device, tuple(value.shape))

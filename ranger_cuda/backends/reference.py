@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import rounding
 from ..hyperparameters import Hyperparameters
@@ -96,7 +97,7 @@ def lookahead(p: Tensor, slow: Tensor, alpha: float) -> Tensor:
 
 def sqrt(v: Tensor) -> Tensor:
     """Correctly rounded square root. ``torch.sqrt`` on the CPU is not; NumPy's is."""
-    if v.device.type != "cpu":
+    if v.device.type != "cpu" or is_traceable_wrapper_subclass(v):  # NumPy sees no wrapper's memory
         return torch.sqrt(v)
     array = v.detach().numpy()
     return torch.from_numpy(np.sqrt(array, out=np.empty_like(array)))

@@ -68,18 +68,6 @@ def give_one_gradient(side: Side, draw: Draw) -> None:
     param.grad = new_gradient(draw, param, conjugated=side.variant.is_ours)
 
 
-@operation(1)
-def give_a_gradient_that_is_negated_and_dense(side: Side, draw: Draw) -> bool:
-    params = [p for p in side.grouped() if p.dtype in COMPLEX and p.numel()]
-    if not params:
-        return False
-    param = draw.choice(params)
-    imaginary = draw.tensor([param.numel()], COMPLEX[param.dtype]).conj().imag
-    dense = imaginary.as_strided(imaginary.shape, [1], draw.randrange(imaginary.numel()))
-    param.grad = dense.view(param.shape)
-    return True
-
-
 @operation()
 def gradients_in_one_buffer(side: Side, draw: Draw) -> None:
     """As DDP has them, one behind the other."""
