@@ -3,7 +3,7 @@
     python benchmarks/sweep.py --out FILE.json
 
 Builds the extension once for each, in parallel, then times them in turn on the same optimizer and
-the same memory: only its plan is made anew, by another build.
+the same memory: only its launcher is made anew, by another build.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def binary_of(choice: Choice, folder: Path) -> Path:
 
 
 def use(module: ModuleType) -> None:
-    """Let every plan that is made from now on be of this build."""
+    """Let every launcher that is made from now on be of this build."""
     support.extension = lambda: module
 
 

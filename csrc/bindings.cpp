@@ -144,9 +144,10 @@ class Bound {
     const Roster::Use use(roster);
     const InUse in_use(in_use_);
     require_prepared(roster);
+    if (!roster.holds_memory()) throw std::runtime_error("a swap comes after pair()");
     for (const TensorRow& row : roster.rows().rows) {
       if (row.launcher == index_ && !(row.active && has(row, {kParam, kSlowParam}))) {
-        throw py::value_error("a swap comes after pair()");
+        throw py::value_error("a swap is of pairs");
       }
     }
     const py::gil_scoped_release released;

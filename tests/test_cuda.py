@@ -232,12 +232,12 @@ def test_a_captured_step_replays_over_rectification_and_syncs_with_a_new_learnin
         graph.replay()
         second.step()
         assert_same(first, second, a, b, f"replay {seed}")
-    # The graph keeps its tables alive, whatever becomes of the plan.
+    # The graph keeps its tables alive, whatever becomes of the launcher.
     first._dispatcher.reset()
     feed(14)
     graph.replay()
     second.step()
-    assert_same(first, second, a, b, "after the plan is gone")
+    assert_same(first, second, a, b, "after the launcher is gone")
 
 
 @on_gpu

@@ -71,7 +71,7 @@ def test_deleting_an_optimizer_frees_its_state_at_once(build):
         gc.enable()
 
 
-def test_a_plan_keeps_no_replaced_state_alive():
+def test_no_replaced_state_is_kept_alive():
     params = make_params()
     optimizer = Ranger(params)
     optimizer.step()
@@ -156,8 +156,8 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_plan_notices_what_changed_between_steps(target, change):
-    """After the change the native backend goes on as the reference does, which has no plan."""
+def test_a_step_goes_by_what_there_is_now(target, change):
+    """After the change the native backend goes on as the reference does, which keeps nothing."""
     a, b = twins(make_params(500 if target.small else 50_000), target.move)
     native = Ranger(a, k=2, backend=target.backend)
     reference = Ranger(b, k=2, backend="reference")
@@ -315,7 +315,7 @@ def test_parameters_that_share_memory_move_one_after_the_other():
     assert torch.equal(results[1], results[2])
 
 
-def test_state_and_plan_made_in_inference_mode_are_written_outside_of_it(target):
+def test_what_is_made_in_inference_mode_is_written_outside_of_it(target):
     for backend in (target.backend, "reference"):
         param = torch.nn.Parameter(target.move(torch.ones(3)))
         param.grad = target.move(torch.ones(3))

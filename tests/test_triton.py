@@ -1,4 +1,4 @@
-"""The Triton backend: what its compiler makes of the kernels, and how its plan launches them."""
+"""The Triton backend: what its compiler makes of the kernels, and how they are launched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Ranger, support
-from ranger_cuda.backends import triton_plan, triton_tables
+from ranger_cuda.backends import triton_launcher, triton_tables
 from targets import release
 from test_cuda_resources import cuobjdump
 
@@ -25,7 +25,7 @@ FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 
 def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
-    """A kernel's machine code for ``target``, with the options that the plan gives."""
+    """A kernel's machine code for ``target``, with the options that the launcher gives."""
     kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
     options = triton_tables.options(kernels, triton_tables.Launch(dtype, strided, 0, 1)) | more
@@ -157,7 +157,7 @@ def test_a_captured_step_has_its_tables_in_the_graph(interpreted, monkeypatch):
     first, second = Ranger(a, k=2, backend="triton"), Ranger(b, k=2, backend="reference")
     for seed in range(5):
         if seed == 2:
-            monkeypatch.setattr(triton_plan, "is_capturing", lambda: True)
+            monkeypatch.setattr(triton_launcher, "is_capturing", lambda: True)
         generator = torch.Generator().manual_seed(seed)
         give_gradients([torch.randn(p.shape, generator=generator) for p in b], a, b)
         first.step()

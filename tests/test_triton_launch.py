@@ -83,7 +83,7 @@ def with_gradients(*tensors):
 
 
 def leave_float32_to_the_cpu(patch):
-    """So that one optimizer has a compiled plan, which comes first, and Triton's."""
+    """So that one optimizer has a compiled launcher, which comes first, and Triton's."""
     patch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
     double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
     patch.setitem(support.BACKENDS, "triton", double)
@@ -444,7 +444,7 @@ def test_tables_that_a_graph_reads_are_kept_once(interpreted, monkeypatch):
     assert len(captured) == 1
 
 
-def test_a_capture_calls_nothing_of_torch_s_that_making_the_plan_did_not(gpu, monkeypatch):
+def test_a_capture_calls_nothing_of_torch_s_that_the_first_step_did_not(gpu, monkeypatch):
     """A kernel that is loaded for the first time may not be in a capture; and a call for all words,
     not one for each."""
 
@@ -469,7 +469,7 @@ def test_a_capture_calls_nothing_of_torch_s_that_making_the_plan_did_not(gpu, mo
     assert set(writes) <= set(first.names)
 
 
-def test_a_plan_is_not_made_in_a_capture(interpreted, monkeypatch):
+def test_tables_are_not_made_in_a_capture(interpreted, monkeypatch):
     params = with_gradients(torch.randn(5, 4))
     optimizer = Ranger(params, backend="triton")
     optimizer.step()
