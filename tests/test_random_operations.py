@@ -60,7 +60,7 @@ def test_a_planted_fault_is_found_shrunk_and_played_again(fault):
     code, said = python("-c", program)
     assert code == 1, said
     (replay,) = [line for line in said.splitlines() if line.startswith("play it again")]
-    assert 1 <= replay.count("step") <= 8, said
+    assert 1 <= replay.count("step") < 20, said
     assert "zero_grad" not in replay, said
     assert ("died of signal 6" in said) == (fault == "a crash"), said
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .registry import operation
-from .world import Draw, Side
+from .world import LARGE, Draw, Side
 
 KINDS = ["laid out"] * 6 + ["expanded", "negated", "kept", "none", "zero", "strange", "conjugated"]
 
@@ -99,16 +99,22 @@ def zero_grad(side: Side, draw: Draw) -> None:
     side.optimizer.zero_grad(set_to_none=False)
 
 
-@operation()
+@operation(5)
 def gradient_is_its_parameter(side: Side, draw: Draw) -> None:
-    """Where that is square, also transposed: an element's gradient is another's value."""
+    """Or its transpose, or lies beside it: an element's gradient is another's value."""
     param = draw.choice(side.grouped())
+    kind = draw.choice(["same", "transposed", "shifted"])
+    if kind == "shifted":
+        room = draw.tensor([param.numel() + 1], param.dtype)
+        param.data = room[1:].view(param.shape).copy_(param.detach())
+        param.grad = room[:-1].view(param.shape)
+        return
     own = param.detach()
     is_square = own.dim() == 2 and own.shape[0] == own.shape[1]
-    param.grad = own.mT if is_square and draw.random() < 0.7 else own
+    param.grad = own.mT if is_square and kind == "transposed" else own
 
 
-@operation()
+@operation(5)
 def gradient_is_another_parameter(side: Side, draw: Draw) -> bool:
     return alias(side, draw, [p.detach() for p in side.grouped()])
 
@@ -118,7 +124,7 @@ def gradient_is_another_gradient(side: Side, draw: Draw) -> bool:
     return alias(side, draw, [p.grad for p in side.grouped() if p.grad is not None])
 
 
-@operation()
+@operation(4)
 def gradient_is_state(side: Side, draw: Draw) -> bool:
     return alias(side, draw, [value for _, name, value in side.states() if "step" not in name])
 
@@ -133,7 +139,8 @@ def alias(side: Side, draw: Draw, others: list[Tensor]) -> bool:
     ]
     if not pairs:
         return False
-    param, other = draw.choice(pairs)
+    large = [pair for pair in pairs if pair[0].numel() == LARGE.numel()]
+    param, other = draw.choice(large if large and draw.random() < 0.5 else pairs)
     if other.shape == param.shape:
         param.grad = other
     elif other.is_contiguous():

@@ -18,7 +18,7 @@ from ranger_cuda import Lookahead, RAdam, Ranger
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 NATIVE = [*[torch.float32] * 6, torch.float64, torch.complex64, torch.complex128]
 SMALL = [(), (1,), (7,), (5, 3), (4, 4), (2, 3, 4, 2), (0, 3)]
-LARGE = (130, 140)  # more than a chunk; two of them are moved in parallel
+LARGE = torch.Size((130, 140))  # more than a chunk; two of them are moved in parallel
 
 
 class Draw(random.Random):
