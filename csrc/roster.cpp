@@ -19,7 +19,8 @@ constexpr float kMostSteps = 16777216.0f;
 
 // How many rows ahead of the one that is described the cache is told what comes.
 constexpr size_t kObjectsAhead = 8;
-constexpr size_t kTensorsAhead = 4;
+constexpr size_t kTensorsAhead = 5;
+constexpr size_t kStoragesAhead = 2;
 
 constexpr int kMostPasses = 10;
 
@@ -56,16 +57,38 @@ bool is_plain_type(PyObject* object) {
 }
 
 // Most of a description's time is three waits for memory, one behind the other: for Python's
-// object, for torch's tensor behind it, and for its storage. An object has the tensor's address in
-// one of its first words, by torch's version; if it is neither, nothing but a hint is wasted.
-void prefetch_tensor(PyObject* object) {
-  static const bool has_words =
-      tensor_type()->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + 2 * sizeof(void*));
-  if (object == nullptr || !has_words || !is_plain_type(object)) return;
-  const char* const* const words = reinterpret_cast<const char* const*>(object + 1);
+// object, for torch's tensor, which one of the object's first words points to, and for its storage,
+// which one of the tensor's does. Which word it is of the object depends on torch's version: the
+// one behind which a tensor's sizes lie. None: -1.
+int tensor_word(const TensorExchange& exchange) {
+  const py::object tensor = py::module_::import("torch").attr("empty")(1);
+  DLTensor found;
+  if (Py_TYPE(tensor.ptr()) != tensor_type() || !exchange.describe(tensor.ptr(), &found)) return -1;
+  const auto* const words = reinterpret_cast<const uintptr_t*>(tensor.ptr() + 1);
+  const auto sizes = reinterpret_cast<uintptr_t>(found.shape);
   for (int word = 0; word < 2; ++word) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(words[word] + 64 * line);
+    const auto end = static_cast<Py_ssize_t>(sizeof(PyObject) + (word + 1) * sizeof(void*));
+    if (end <= tensor_type()->tp_basicsize && words[word] < sizes && sizes < words[word] + 512) {
+      return word;
+    }
   }
+  return -1;
+}
+
+const char* const* tensor_of(PyObject* object, int word) {
+  if (object == nullptr || word < 0 || !is_plain_type(object)) return nullptr;
+  return reinterpret_cast<const char* const* const*>(object + 1)[word];
+}
+
+void prefetch_tensor(PyObject* object, int word) {
+  const char* const* const tensor = tensor_of(object, word);
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 8 * line);
+}
+
+void prefetch_storage(PyObject* object, int word) {
+  const char* const* const tensor = tensor_of(object, word);
+  if (tensor == nullptr) return;
+  for (int i = 2; i < 4; ++i) __builtin_prefetch(tensor[i]);  // behind vtable and counts
 }
 
 // What code that runs meanwhile does not change.
@@ -179,7 +202,8 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
     : exchange_(exchange_api),
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
-      plain_grad_(std::move(plain_grad)) {
+      plain_grad_(std::move(plain_grad)),
+      word_(tensor_word(exchange_)) {
   if (!PyType_Check(dtensor_.ptr()) ||
       !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(dtensor_.ptr()), tensor_type())) {
     throw py::type_error("dtensor must be a type of tensors");
@@ -247,13 +271,23 @@ py::list Roster::describe_all() {
         for (PyObject* item : movers_[i + kObjectsAhead].items) __builtin_prefetch(item);
       }
       if (i + kTensorsAhead < movers_.size()) {
-        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_tensor(item);
+        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_tensor(item, word_);
+      }
+      if (i + kStoragesAhead < movers_.size()) {
+        for (PyObject* item : movers_[i + kStoragesAhead].items) prefetch_storage(item, word_);
       }
       const Outcome outcome = describe(movers_[i]);
       if (outcome == Outcome::kRow) continue;
       rows_.rows[movers_[i].position].active = false;
       rest.append(py::make_tuple(movers_[i].position, outcome == Outcome::kSharesMemory));
     }
+  }
+  // Only on the host: nobody waits for a device to look at a count there.
+  for (const Mover& mover : movers_) {
+    TensorRow& row = rows_.rows[mover.position];
+    if (!row.active || row.device_type != kDLCPU || is_count(*row.step)) continue;
+    row.active = false;
+    rest.append(py::make_tuple(mover.position, false));
   }
   return rest;
 }
@@ -345,10 +379,10 @@ void Roster::find_movers(const py::object& moved) {
   for (size_t position = 0; position < members_.size(); ++position) {
     const Member member = members_[position];
     if (reads_gradients_ && position + kTensorsAhead < members_.size()) {
-      prefetch_tensor(members_[position + kTensorsAhead].param);
+      prefetch_tensor(members_[position + kTensorsAhead].param, word_);
     }
     if (member.again) continue;
-    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}, {}};
+    Mover mover = {static_cast<int32_t>(position), member.param, {}, {}, {}, false};
     mover.items[kParam] = member.param;
     if (!reads_gradients_) {
       const auto index = static_cast<Py_ssize_t>(position);
@@ -515,13 +549,12 @@ Roster::Outcome Roster::describe(Mover& mover) {
     if (!names_[i].is_none() && mover.items[kItemOf[i]] == nullptr) return Outcome::kNeedsPython;
   }
   Described found;
-  if (!look_at_all(mover, found)) return Outcome::kNeedsPython;
-  const DLTensor& step = found[kStep];
-  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
+  if (mover.is_refused || !look_at_all(mover, found)) {
+    mover.is_refused = true;  // in a later pass, too
     return Outcome::kNeedsPython;
   }
-  // Only on the host: nobody waits for a device to look at a count there.
-  if (step.device.device_type == kDLCPU && !is_count(*static_cast<float*>(data_of(step)))) {
+  const DLTensor& step = found[kStep];
+  if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
     return Outcome::kNeedsPython;
   }
   return enter(mover, found);
@@ -539,6 +572,7 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   next.group = members_.empty() ? 0 : members_[mover.position].group;
   next.active = true;
   if (mover.items[kStep] != nullptr) next.step = static_cast<float*>(data_of(found[kStep]));
+  if (next.device_type == kDLCPU) __builtin_prefetch(next.step);
   bool consecutive = true;
   for (int stream = 0; stream < kStreams; ++stream) {
     if (mover.items[stream] == nullptr) continue;
@@ -713,7 +747,7 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
   reads_gradients_ = false;
   rows_.rows.assign(first.size(), TensorRow());
   for (size_t i = 0; i < first.size(); ++i) {
-    Mover mover = {static_cast<int32_t>(i), held_.keep(first[i].ptr()), {}, {}, {}};
+    Mover mover = {static_cast<int32_t>(i), held_.keep(first[i].ptr()), {}, {}, {}, false};
     mover.items[kParam] = mover.param;
     mover.items[kSlowParam] = held_.keep(second[i].ptr());
     movers_.push_back(mover);

@@ -118,6 +118,7 @@ class Roster {
     std::array<PyObject*, kItems> items;  // or what stands for them; nullptr: there is none
     std::array<bool, kItems> is_resolved;
     std::array<const void*, kItems> cleared;  // memory of which all is known that DLPack lacks
+    bool is_refused;
   };
   enum class Outcome { kRow, kNeedsPython, kSharesMemory };
   using Described = std::array<DLTensor, kItems>;
@@ -157,6 +158,7 @@ class Roster {
   pybind11::object dtensor_;
   pybind11::object plain_;
   pybind11::object plain_grad_;
+  const int word_;  // of Python's object of a tensor, which points to torch's
   std::vector<Kind> kinds_;
 
   // From step to step, to compare with.

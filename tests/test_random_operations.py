@@ -55,7 +55,7 @@ def test_a_planted_fault_is_found_shrunk_and_played_again(fault):
         "from ranger_cuda.backends import reference\n"
         "from operations import runner\n"
         f"{FAULTS[fault]}\n"
-        f"sys.exit(runner.run('Ranger', 0, 2000, {sorted(OPERATIONS.keys() - kept)}))\n"
+        f"sys.exit(runner.run('Ranger', 2, 2000, {sorted(OPERATIONS.keys() - kept)}))\n"
     )
     code, said = python("-c", program)
     assert code == 1, said
