@@ -46,8 +46,8 @@ PROMISES = {
     ("64 x 1024^2", ADAMW): 1.0,
     ("64 x 1024^2", "optimi Ranger"): 1 / 2,
     ("64 x 1024^2", "pytorch-optimizer Ranger"): 1 / 4,
-    ("1000 x 64^2", ADAMW): 1 / 3,
-    ("1000 x 1", ADAMW): 1 / 15,
+    ("1000 x 64^2", ADAMW): 1 / 2,
+    ("1000 x 1", ADAMW): 1 / 4.5,
 }
 
 
