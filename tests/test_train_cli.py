@@ -87,6 +87,7 @@ import ranger_cuda.cli.report, ranger_cuda.cli.progress, ranger_cuda.cli.train
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:
+        os.dup2(2, 1)  # the lines of one process are not mixed with the other's
         os._exit(ranger_cuda.cli.main(sys.argv[1:]))
     print(f"child {child}", flush=True)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -423,10 +423,10 @@ class Check {
   double norm_ = 0.0;
 };
 
-// More rows than any launch takes, more groups than a schedule's launch does, and of all kinds.
+// More rows than any launch takes, one group more than a schedule does, and of all kinds.
 constexpr Case kCases[] = {
     {"kinds", 60, 4, 20, true, 1, 5 * cuda::kChunkSize},
-    {"groups", 200, 3 * cuda::kScheduleGroups, 15, true, 1, cuda::kChunkSize},
+    {"groups", 200, cuda::kScheduleGroups + 1, 15, true, 1, cuda::kChunkSize},
     {"launches", 540, 2, 15, false, 0, 20},
     {"strided launches", 500, 2, 3, false, 3, 0},
     {"schedules", cuda::kScheduleRows + 100, 2, 3, false, 0, 1},
