@@ -10,6 +10,7 @@ import copy
 import functools
 import os
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
-from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda import Lookahead, RAdam, Ranger, native, tensors
 
 WORLD = 2
 OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
@@ -116,6 +117,29 @@ def fsdp2(rank, folder):
             assert_same_run(model, optimizer, single, reference, f"FSDP2, step {step}")
         state = next(iter(optimizer.state.values()))
         assert isinstance(state["slow_param"], DTensor)
+
+
+def backward(rank, folder):
+    """The gradients of FSDP2's own backward pass, none of which is looked at in Python."""
+    asked = []
+
+    def plain_grad(param, *args):
+        asked.append(param)
+        return tensors.plain_grad(param, *args)
+
+    with mock.patch.object(native, "plain_grad", plain_grad):
+        for build in BUILDS:
+            model, single = sharded(), Awkward()
+            optimizer, reference = build(model.parameters()), build(single.parameters())
+            for step in range(8):
+                give(single, step, rank)
+                own = [p.grad for p in single.parameters()]
+                optimizer.zero_grad()
+                model(own).backward()
+                optimizer.step()
+                train(single, reference, [step])
+                assert_same_run(model, optimizer, single, reference, f"backward, step {step}")
+    assert not asked
 
 
 def mixed(rank, folder):
@@ -261,7 +285,7 @@ def moving(rank, folder):
 
 CHECKS = {
     check.__name__: check
-    for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, zero, moving)
+    for check in (ddp, fsdp2, backward, mixed, clipping, resharding, empty_state, zero, moving)
 }
 
 
