@@ -38,10 +38,12 @@ def shield_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
         zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
     ):
         params.update(zip(saved["params"], group["params"], strict=False))
+        saved = dict(saved)
+        lookahead = "lookahead_k" in optimizer.defaults
+        if lookahead:
+            hyperparameters.rename_lookahead(saved)
         try:
-            hyperparameters.check(
-                {**optimizer.defaults, **group, **saved}, lookahead="k" in optimizer.defaults
-            )
+            hyperparameters.check({**optimizer.defaults, **group, **saved}, lookahead=lookahead)
         except (TypeError, ValueError) as error:
             raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
     state = {}

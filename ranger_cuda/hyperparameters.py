@@ -32,6 +32,16 @@ class Hyperparameters(NamedTuple):
     maximize: bool
 
 
+def rename_lookahead(group: dict[str, Any]) -> None:
+    """Give ``k`` and ``alpha``, as the constructor calls them, the names they have in a group.
+
+    There ``alpha`` alone may be another library's, which sets it to the smoothing of RMSprop.
+    """
+    for name in ("k", "alpha"):
+        if name in group and f"lookahead_{name}" not in group:
+            group[f"lookahead_{name}"] = group.pop(name)
+
+
 def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group. Nothing is checked here; see :func:`check`."""
     beta1, beta2 = group["betas"]
@@ -43,8 +53,8 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["eps"]),
         _number(group["weight_decay"]),
         _number(group["rho_threshold"]),
-        _number(group["alpha"]) if lookahead else 1.0,
-        operator.index(group["k"]) if lookahead else 0,
+        _number(group["lookahead_alpha"]) if lookahead else 1.0,
+        operator.index(group["lookahead_k"]) if lookahead else 0,
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
@@ -69,7 +79,8 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
 
     Args:
         lookahead: whether the optimizer has slow weights. A group of one without may still have
-            ``k`` and ``alpha``, from a checkpoint of one with, and they mean nothing there.
+            ``lookahead_k`` and ``lookahead_alpha``, from a checkpoint of one with, and they mean
+            nothing there.
 
     Raises:
         ValueError: a value is out of range; the message has the value, the rule and a way out.
@@ -85,7 +96,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     for name in ("decoupled_weight_decay", "maximize"):
         check_choice(name, group[name], (True, False))
     if lookahead:
-        check_lookahead(group["k"], group["alpha"])
+        check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:

@@ -120,7 +120,15 @@ class FusedOptimizer(Optimizer):
             dispatcher.release()
 
     def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
-        return hyperparameters.check(group, lookahead="slow_param" in self._rule.streams)
+        return hyperparameters.check(group, lookahead=self._has_lookahead)
+
+    @property
+    def _has_lookahead(self) -> bool:
+        return "slow_param" in self._rule.streams
+
+    def _rename(self, group: dict[str, Any]) -> None:
+        if self._has_lookahead:
+            hyperparameters.rename_lookahead(group)
 
     def _check_ready(self, call: str) -> None:
         """Raise if ``call`` may not be made now."""
@@ -142,7 +150,7 @@ class FusedOptimizer(Optimizer):
                 new[name] = torch.zeros_like(
                     param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 )
-        if "slow_param" in self._rule.streams and "slow_param" not in state:
+        if self._has_lookahead and "slow_param" not in state:
             new["slow_param"] = new_slow_param(param)
         master = rounding.master_state(param.dtype, group["weight_rounding"])
         if master is not None and master[0] not in state:
@@ -158,6 +166,7 @@ class FusedOptimizer(Optimizer):
             ValueError, TypeError: a hyperparameter or a parameter cannot be used.
         """
         if isinstance(param_group, dict):
+            self._rename(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -197,6 +206,8 @@ class FusedOptimizer(Optimizer):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
+        for group in (self.defaults, *self.param_groups):
+            self._rename(group)
         for i, group in enumerate(self.param_groups):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}
             for name in self.defaults:

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from helpers import assert_same, give_gradients, twins
+from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import RAdam, Ranger
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_torch_loads_and_training_goes_on(name, cls):
     assert group["lr"] == 0.01
     assert group["rho_threshold"] == 5.0
     if cls is Ranger:
-        assert (group["k"], group["alpha"]) == (6, 0.5)
+        assert (group["lookahead_k"], group["lookahead_alpha"]) == (6, 0.5)
     # Model weights that arrive after the optimizer's are what slow weights start from.
     for p, q in zip(a, b, strict=True):
         q.data.copy_(p)
@@ -148,7 +148,41 @@ def test_a_group_keeps_its_own_values_where_the_checkpoint_has_none():
     theirs = torch.optim.AdamW([{"params": a[:1]}, {"params": a[1:]}])
     ours = Ranger([{"params": b[:1], "k": 3}, {"params": b[1:], "alpha": 0.9}])
     ours.load_state_dict(theirs.state_dict())
-    assert [(g["k"], g["alpha"]) for g in ours.param_groups] == [(3, 0.5), (6, 0.9)]
+    assert lookahead_of(ours) == [(3, 0.5), (6, 0.9)]
+
+
+def lookahead_of(optimizer):
+    return [(g["lookahead_k"], g["lookahead_alpha"]) for g in optimizer.param_groups]
+
+
+def test_a_checkpoint_whose_groups_say_k_and_alpha_loads():
+    a, b = twins(make([torch.float32]))
+    first, second = Ranger(a, k=4, alpha=0.3), Ranger(b)
+    train(first, a, range(6))
+    saved = copy.deepcopy(first.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("k", "alpha"):
+            group[name] = group.pop(f"lookahead_{name}")
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    second.load_state_dict(saved)
+    assert lookahead_of(second) == [(4, 0.3)]
+    assert "k" not in second.param_groups[0]
+    for optimizer, params in ((first, a), (second, b)):
+        train(optimizer, params, range(6, 13))
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits(p, q, "after the load")
+
+
+def test_alpha_in_a_group_is_another_library_s():
+    a, b = twins(make([torch.float32]))
+    first, second = Ranger(a, alpha=0.3), Ranger([{"params": b, "alpha": 0.3}])
+    assert lookahead_of(second) == [(6, 0.3)]
+    second.param_groups[0]["alpha"] = 0.99  # as fastai does
+    for optimizer, params in ((first, a), (second, b)):
+        train(optimizer, params, range(7))
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits(p, q, "with a group's alpha")
 
 
 @pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
