@@ -112,6 +112,17 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     return hyper
 
 
+def with_whole_period(group: dict[str, Any], name: str) -> dict[str, Any]:
+    """A saved group whose Lookahead period under ``name`` is an int, if it is a whole number: other
+    formats have 6.0, or a tensor, for 6."""
+    k = group.get(name)
+    if isinstance(k, Tensor) and k.numel() == 1 and not k.is_meta:
+        k = k.item()
+    if isinstance(k, float) and k.is_integer():
+        k = int(k)
+    return {**group, name: k} if name in group else group
+
+
 def check_eps(eps: float) -> None:
     """Raise unless ``eps`` keeps a zero gradient from dividing by zero."""
     # Half of float32's smallest number and less rounds to 0, which is the same NaN as eps = 0.
