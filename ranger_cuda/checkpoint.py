@@ -5,7 +5,6 @@ parameter's dtype, which would make float32 moments and slow weights of a bfloat
 from __future__ import annotations
 
 import copy
-import reprlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from . import hyperparameters
-from .tensors import DTensor, check_allocated, is_count, local, state_dtype
+from .tensors import DTensor, check_allocated, is_count, local, shown, state_dtype
 
 COUNTS = ("step", "lookahead_step")
 # State of the parameter's shape: its precision is the parameter's, or its own.
@@ -108,8 +108,12 @@ def parameters(state_dict: Any, groups: Sequence[dict[str, Any]]) -> dict[Any, T
 
     Raises:
         ValueError: it is no checkpoint, or one of other groups or parameters.
+        RuntimeError: the memory of a tensor in it was given back.
     """
     check_kind(state_dict, dict, "it")
+    for path, value in tree_flatten_with_path(state_dict)[0]:
+        if isinstance(value, Tensor):
+            check_allocated(local(value.detach()), f"loaded state dict: {keystr(path)}")
     for name, kind in (("state", dict), ("param_groups", (list, tuple))):
         check_kind(state_dict.get(name), kind, repr(name))
     saved_groups = state_dict["param_groups"]
@@ -147,7 +151,7 @@ def check_kind(value: Any, kind: Any, what: str) -> None:
     """Raise unless a part of a checkpoint is of the type that ``state_dict()`` gives it."""
     if not isinstance(value, kind):
         raise ValueError(
-            f"loaded state dict: {what} is {reprlib.repr(value)}; load what an optimizer's "
+            f"loaded state dict: {what} is {shown(value)}; load what an optimizer's "
             "state_dict() returned"
         )
 
@@ -191,23 +195,22 @@ def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
 
     Raises:
         ValueError: says which, what it is and what it should be.
-        RuntimeError: it has no memory.
     """
     what = f"loaded state dict: {name!r} of parameter {key}"
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or (value.is_meta and not param.is_meta):
-            raise ValueError(
-                f"{what} is a {value.layout} tensor on {value.device}, but state is dense memory "
-                "that holds its values"
-            )
-        check_allocated(local(value.detach()), what)
+    if isinstance(value, Tensor) and (
+        value.layout != torch.strided or (value.is_meta and not param.is_meta)
+    ):
+        raise ValueError(
+            f"{what} is a {value.layout} tensor on {value.device}, but state is dense memory that "
+            "holds its values"
+        )
     if name in COUNTS:
         if not is_count(value):
             raise ValueError(
-                f"{what} is {value!r}, but it counts steps: a whole number, at least 0"
+                f"{what} is {shown(value)}, but it counts steps: a whole number, at least 0"
             )
         return
-    shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {value!r}"
+    shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {shown(value)}"
     if shape != tuple(param.shape):
         raise ValueError(
             f"{what} has shape {shape}, but the parameter has shape {tuple(param.shape)}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import tensors
+from .tensors import shown
 
 WEIGHT_ROUNDINGS = ("exact", "nearest")
 STATE_DTYPES = (torch.float32,)
@@ -62,11 +63,11 @@ def _number(value: Any) -> float:
         isinstance(value, Tensor) and value.dtype == torch.bool
     )
     if is_bool or isinstance(value, (str, bytes, bytearray)):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{shown(value)} is no number")
     try:
         return float(value)
     except (OverflowError, RuntimeError) as error:  # a tensor's are RuntimeErrors
-        raise TypeError(f"{value!r} is no number: {error}") from error
+        raise TypeError(f"{shown(value)} is no number: {error}") from error
 
 
 def _is_within(value: Any, least: float, most: float) -> bool:
@@ -94,7 +95,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         raise TypeError(f"Tensor lr must be a number, but is on {lr.device} and has no value")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
+        raise ValueError(f"Invalid betas: {shown(betas)}; give two numbers, like (0.95, 0.999)")
     check_max_grad_norm(group["max_grad_norm"])
     for name in ("decoupled_weight_decay", "maximize"):
         check_choice(name, group[name], (True, False))
@@ -103,8 +104,10 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
-        shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        raise TypeError(f"Every hyperparameter must be a number, in {shown}: {error}") from error
+        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        raise TypeError(
+            f"Every hyperparameter must be a number, in {shown(rest)}: {error}"
+        ) from error
     if not (tensors.on_accelerator(hyper.lr) or 0.0 <= hyper.lr <= LARGEST):
         raise ValueError(
             f"Invalid learning rate: {lr}; it must be finite in float32 and at least 0"
@@ -160,12 +163,12 @@ def check_lookahead(k: Any, alpha: Any) -> None:
         period = 0
     if not 1 <= period < 2**31:
         raise ValueError(
-            f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1 "
-            "and below 2**31"
+            f"Invalid k value: {shown(k)}; the Lookahead period is a whole number of steps, at "
+            "least 1 and below 2**31"
         )
     if not _is_within(alpha, 0.0, 1.0):
         raise ValueError(
-            f"Invalid alpha value: {alpha!r}; the Lookahead interpolation factor is in [0, 1]"
+            f"Invalid alpha value: {shown(alpha)}; the Lookahead interpolation factor is in [0, 1]"
         )
 
 
@@ -174,8 +177,8 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
     least = math.ulp(0.0)
     if max_grad_norm is not None and not _is_within(max_grad_norm, least, math.inf):
         raise ValueError(
-            f"Invalid max_grad_norm value: {max_grad_norm!r}; it must be above 0, or None for no "
-            "clipping"
+            f"Invalid max_grad_norm value: {shown(max_grad_norm)}; it must be above 0, or None for "
+            "no clipping"
         )
 
 
@@ -183,6 +186,6 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless ``value`` is one of those that this version has."""
     if isinstance(value, Tensor) or value not in choices:
         raise ValueError(
-            f"Invalid {name} value: {value!r}; this version has "
+            f"Invalid {name} value: {shown(value)}; this version has "
             + ", ".join(repr(choice) for choice in choices)
         )
