@@ -161,7 +161,7 @@ def naming(i: int) -> Iterator[None]:
     """Have errors say which group of the checkpoint is wrong."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
 
 

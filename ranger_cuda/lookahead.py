@@ -325,8 +325,9 @@ class Lookahead(SlowWeights, Optimizer):
         def own(tensor: Tensor) -> Tensor:
             return tensor.detach().clone() if id(tensor) in given else tensor
 
-        for key, value in self.state.items():
-            self.state[key] = tree_map_only(Tensor, own, value)
+        with torch.inference_mode(False):  # what is made in it could not be written outside
+            for key, value in self.state.items():
+                self.state[key] = tree_map_only(Tensor, own, value)
 
 
 def is_lookaheads(name: Any) -> bool:

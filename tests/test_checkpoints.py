@@ -399,9 +399,10 @@ def test_a_load_keeps_strides_and_makes_expanded_state_dense():
     train(optimizer, [param], [2])
 
 
-def test_a_load_within_inference_mode_makes_state_that_steps_can_write():
+@pytest.mark.parametrize("name", ["reference", "Lookahead(SGD)"])
+def test_a_load_within_inference_mode_makes_state_that_steps_can_write(name):
     (a,), (b,) = twins([torch.randn(5)])
-    optimizer, other = train(Ranger([a]), [a], range(2)), Ranger([b], backend="reference")
+    optimizer, other = train(COPIERS[name]([a]), [a], range(2)), COPIERS[name]([b])
     with torch.inference_mode():
         other.load_state_dict(optimizer.state_dict())
     train(other, [b], range(2, 9))

@@ -205,7 +205,7 @@ def test_a_tensor_whose_memory_was_given_back_is_no_number():
         saved["param_groups"][0].update(options)
         with pytest.raises(RuntimeError, match="not allocated"):
             Ranger(random_params((3,)), **options)
-        with pytest.raises(ValueError, match=r"loaded state dict.*not allocated"):
+        with pytest.raises(RuntimeError, match=r"loaded state dict.*not allocated"):
             optimizer.load_state_dict(saved)
 
 
