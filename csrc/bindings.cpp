@@ -196,15 +196,23 @@ py::list rows_of(const Roster& roster, int32_t launcher) {
   return told;
 }
 
-// Of the same rows the addresses of their gradients: 0 where one rests, 1 where none is read.
-py::list gradients_of(const Roster& roster, int32_t launcher) {
-  py::list told;
-  for (const TensorRow& row : roster.rows().rows) {
-    if (row.launcher != launcher) continue;
-    const auto address = reinterpret_cast<uintptr_t>(row.data[kGrad]);
-    told.append(!row.active ? uintptr_t{0} : std::max(address, uintptr_t{1}));
+// Writes to `out`, an array of int64, of the same rows the addresses of their gradients: 0 where
+// one rests, 1 where none is read.
+void gradients_of(const Roster& roster, int32_t launcher, const py::buffer& out) {
+  const py::buffer_info info = out.request(true);
+  constexpr py::ssize_t kSize = sizeof(int64_t);
+  const std::vector<TensorRow>& rows = roster.rows().rows;
+  const auto own = [&](const TensorRow& row) { return row.launcher == launcher; };
+  if (info.ndim != 1 || info.itemsize != kSize || info.strides[0] != kSize ||
+      info.size != std::count_if(rows.begin(), rows.end(), own)) {
+    throw py::value_error("gradients are written to as many int64 side by side as there are rows");
   }
-  return told;
+  auto* to = static_cast<uint64_t*>(info.ptr);
+  for (const TensorRow& row : rows) {
+    if (!own(row)) continue;
+    const auto address = reinterpret_cast<uint64_t>(row.data[kGrad]);
+    *to++ = row.active ? std::max(address, cuda::kNoGrad) : 0;
+  }
 }
 
 // --- interrupts ----------------------------------------------------------------------------------
@@ -304,7 +312,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("version", [](const Roster& roster) { return roster.rows().version; })
       .def_property_readonly("group_count", &Roster::group_count)
       .def("rows", &rows_of, py::arg("launcher"))
-      .def("gradients", &gradients_of, py::arg("launcher"));
+      .def("gradients", &gradients_of, py::arg("launcher"), py::arg("out"));
 
   py::class_<CpuLauncher>(module, "CpuLauncher", py::module_local())
       .def(py::init([](Rule rule, int32_t index) {

@@ -12,7 +12,7 @@
 #define RANGER_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
-// Hints for nvcc. How often to unroll the next loop:
+// Hints for nvcc. How often to unroll the next loop; without a number, all of it:
 #if defined(__CUDA_ARCH__)
 #define RANGER_PRAGMA(text) _Pragma(#text)
 #define RANGER_UNROLL(times) RANGER_PRAGMA(unroll times)

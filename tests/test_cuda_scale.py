@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-from collections import Counter
 from random import Random
 from typing import NamedTuple
 
@@ -15,9 +14,10 @@ import pytest
 from emulation.programs import CSRC, EMULATION, compile_object, link
 
 CHUNK = 8192
-CAPACITIES = (480, 4080)  # of a launch's gradients, before and from CUDA 12.1
-STRIDED_CAPACITY = 480
-SCHEDULE_ROWS, SCHEDULE_GROUPS = 8192, 30
+# Words of a schedule's arguments by tier: 4 KiB, and almost 32 from CUDA 12.1 on. A row takes one,
+# a group twelve.
+WORDS = {1: 501, 4: 4084}
+GROUP = 12
 
 
 class Tensor(NamedTuple):
@@ -67,8 +67,8 @@ def launches(tmp_path_factory):
     ]
     program = link(made, folder / "check_geometry", [])
 
-    def count(tensors: list[Tensor], capacity: int, device: int = 0) -> dict[str, int]:
-        lines = [f"{device} {capacity}", *(" ".join(map(str, tensor)) for tensor in tensors)]
+    def count(tensors: list[Tensor], tier: int, device: int = 0) -> dict[str, int]:
+        lines = [f"{device} {tier}", *(" ".join(map(str, tensor)) for tensor in tensors)]
         done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -76,31 +76,30 @@ def launches(tmp_path_factory):
     return count
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("tier", WORDS)
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_s_launches_take_each_chunk_once(launches, model, capacity):
+def test_a_model_s_main_launch_is_one_and_takes_each_chunk_once(launches, model, tier):
     numels, parameters = MODELS[model]
     assert sum(numels) == parameters
-    counts = launches([Tensor(numel) for numel in numels], capacity)
+    counts = launches([Tensor(numel) for numel in numels], tier)
     assert counts == {
         "rows": len(numels),
         "chunks": sum(math.ceil(numel / CHUNK) for numel in numels),
-        "schedules": math.ceil(len(numels) / SCHEDULE_ROWS),
-        "steps": math.ceil(len(numels) / capacity),
-        "passes": 1,
+        "schedules": math.ceil(len(numels) / (WORDS[tier] - GROUP)),
+        "launches": 1,
     }
 
 
 def test_as_many_groups_as_parameters_take_more_schedules(launches):
     numels, _ = MODELS["Qwen3-30B-A3B"]
     assert len(numels) > 10_000
-    counts = launches([Tensor(numel, group) for group, numel in enumerate(numels)], CAPACITIES[1])
-    assert counts["schedules"] == math.ceil(len(numels) / SCHEDULE_GROUPS)
-    assert counts["steps"] == math.ceil(len(numels) / CAPACITIES[1])
+    counts = launches([Tensor(numel, group) for group, numel in enumerate(numels)], 4)
+    assert counts["schedules"] == math.ceil(len(numels) / (WORDS[4] // (GROUP + 1)))
+    assert counts["launches"] == 1
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_devices_and_kinds_have_launches_of_their_own(launches, capacity):
+@pytest.mark.parametrize("tier", WORDS)
+def test_devices_and_kinds_have_launches_of_their_own(launches, tier):
     random = Random(0)
     tensors = [
         Tensor(
@@ -114,18 +113,14 @@ def test_devices_and_kinds_have_launches_of_their_own(launches, capacity):
     ]
     for device in range(3):
         own = [tensor for tensor in tensors if tensor.device == device]
-        kinds = Counter((tensor.is_float64, tensor.strided) for tensor in own)
-        counts = launches(tensors, capacity, device)
+        kinds = {(tensor.is_float64, tensor.strided) for tensor in own}
+        counts = launches(tensors, tier, device)
         assert counts["rows"] == len(own)
         assert counts["chunks"] == sum(math.ceil(tensor.numel / CHUNK) for tensor in own)
-        assert len(kinds) == 4 == counts["passes"] <= counts["steps"]
-        assert counts["steps"] == sum(
-            math.ceil(rows / min(capacity, STRIDED_CAPACITY if strided else capacity))
-            for (_, strided), rows in kinds.items()
-        )
+        assert len(kinds) == 4 == counts["launches"]
 
 
 def test_an_empty_plan_has_no_launches(launches):
     for tensors in ([], [Tensor(0)], [Tensor(5, device=-1)]):
-        counts = launches(tensors, CAPACITIES[0])
-        assert (counts["chunks"], counts["steps"], counts["passes"]) == (0, 0, 0)
+        counts = launches(tensors, 1)
+        assert (counts["chunks"], counts["launches"]) == (0, 0)

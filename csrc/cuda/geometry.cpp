@@ -6,75 +6,58 @@
 namespace ranger::cuda {
 namespace {
 
-bool same_kind(const TensorRow& a, const TensorRow& b) {
-  return a.dtype == b.dtype && is_strided(a) == is_strided(b);
-}
-
-// Cuts `order` into launches of one kind and at most so many rows.
-std::vector<Launch> cut_into_launches(const std::vector<TensorRow>& rows,
-                                      const std::vector<int32_t>& order,
-                                      const std::vector<int64_t>& first_chunks, int32_t capacity,
-                                      int32_t strided_capacity) {
-  std::vector<Launch> launches;
-  const int32_t end = static_cast<int32_t>(order.size());
-  for (int32_t first = 0; first < end;) {
-    const TensorRow& row = rows[order[first]];
-    const int32_t most = is_strided(row) ? strided_capacity : capacity;
-    int32_t last = first + 1;
-    while (last < end && last - first < most && same_kind(rows[order[last]], row)) ++last;
-    const int64_t chunks = first_chunks[last] - first_chunks[first];
-    if (chunks > 0) {
-      launches.push_back(
-          {row.dtype, is_strided(row), first, last - first, first_chunks[first], chunks});
-    }
-    first = last;
-  }
-  return launches;
-}
+std::tuple<DType, bool> kind_of(const TensorRow& row) { return {row.dtype, is_strided(row)}; }
 
 std::vector<ScheduleLaunch> cut_into_schedules(const std::vector<TensorRow>& rows,
-                                               const std::vector<int32_t>& order) {
+                                               const std::vector<int32_t>& order, int32_t words) {
   std::vector<ScheduleLaunch> launches;
-  const int32_t end = static_cast<int32_t>(order.size());
-  for (int32_t first = 0; first < end;) {
-    const int32_t group = rows[order[first]].group;
-    const auto fits = [&](int32_t i) {
-      const int32_t of_row = rows[order[i]].group;
-      return i - first < kScheduleRows && group <= of_row && of_row < group + kScheduleGroups;
-    };
-    int32_t last = first + 1;
-    while (last < end && fits(last)) ++last;
-    launches.push_back({first, last - first, group});
-    first = last;
+  for (int32_t i = 0; i < static_cast<int32_t>(order.size()); ++i) {
+    const int32_t group = rows[order[i]].group;
+    if (!launches.empty()) {
+      ScheduleLaunch with = launches.back();
+      const int32_t end = std::max(with.first_group + with.group_count, group + 1);
+      with.first_group = std::min(with.first_group, group);
+      with.group_count = end - with.first_group;
+      ++with.row_count;
+      if (with.words() <= words) {
+        launches.back() = with;
+        continue;
+      }
+    }
+    launches.push_back({i, 1, group, 1});
   }
   return launches;
 }
 
 }  // namespace
 
-Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t capacity) {
+Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t words) {
   Geometry geometry;
+  std::vector<int32_t>& order = geometry.order;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].launcher == launcher) geometry.order.push_back(static_cast<int32_t>(i));
+    if (rows[i].launcher == launcher) order.push_back(static_cast<int32_t>(i));
   }
-  std::stable_sort(geometry.order.begin(), geometry.order.end(), [&](int32_t a, int32_t b) {
-    const auto kind = [&](int32_t i) { return std::tuple(rows[i].dtype, is_strided(rows[i])); };
-    return kind(a) < kind(b);
-  });
-  std::vector<int64_t> first_chunks = {0};
-  for (size_t at = 0; at < geometry.order.size(); ++at) {
-    const int64_t numel = rows[geometry.order[at]].numel;
-    for (int64_t begin = 0; begin < numel; begin += kChunkSize) {
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return kind_of(rows[a]) < kind_of(rows[b]); });
+  const TensorRow* before = nullptr;
+  for (size_t at = 0; at < order.size(); ++at) {
+    const TensorRow& row = rows[order[at]];
+    if (before == nullptr || kind_of(*before) != kind_of(row)) {
+      const auto first = static_cast<int64_t>(geometry.chunks.size());
+      geometry.launches.push_back({row.dtype, is_strided(row), false, first, 0});
+    }
+    before = &row;
+    Launch& launch = geometry.launches.back();
+    launch.has_slow = launch.has_slow || row.data[kSlowParam] != nullptr;
+    for (int64_t begin = 0; begin < row.numel; begin += kChunkSize, ++launch.chunk_count) {
       geometry.chunks.push_back(
           {static_cast<int32_t>(at), static_cast<int32_t>(begin / kChunkSize)});
     }
-    first_chunks.push_back(static_cast<int64_t>(geometry.chunks.size()));
   }
-  const int32_t all = std::max(static_cast<int32_t>(geometry.order.size()), 1);
-  geometry.schedules = cut_into_schedules(rows, geometry.order);
-  geometry.steps = cut_into_launches(rows, geometry.order, first_chunks, capacity,
-                                     std::min(capacity, kGradTiers[kStridedTier]));
-  geometry.passes = cut_into_launches(rows, geometry.order, first_chunks, all, all);
+  const auto is_empty = [](const Launch& launch) { return launch.chunk_count == 0; };
+  auto& launches = geometry.launches;
+  launches.erase(std::remove_if(launches.begin(), launches.end(), is_empty), launches.end());
+  geometry.schedules = cut_into_schedules(rows, order, words);
   return geometry;
 }
 

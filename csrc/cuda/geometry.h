@@ -9,32 +9,34 @@
 
 namespace ranger::cuda {
 
-// Consecutive rows of one kind, and all their chunks.
+// The chunks of all rows of one kind.
 struct Launch {
   DType dtype;
   bool strided;
-  int32_t first_row;
-  int32_t row_count;
+  bool has_slow;  // any of them
   int64_t first_chunk;
   int64_t chunk_count;
 };
 
+// Consecutive rows whose groups and gradients one launch of the schedule kernel takes.
 struct ScheduleLaunch {
   int32_t first_row;
   int32_t row_count;
   int32_t first_group;
+  int32_t group_count;
+
+  int32_t words() const { return group_count * kGroupWords + row_count; }
 };
 
 struct Geometry {
   std::vector<int32_t> order;  // rows as they stand on the device: indices into the optimizer's
   std::vector<ChunkRef> chunks;
   std::vector<ScheduleLaunch> schedules;
-  std::vector<Launch> steps;   // as many rows as their gradients' addresses fit
-  std::vector<Launch> passes;  // without gradients: one for each kind
+  std::vector<Launch> launches;  // one for each kind
 };
 
-// `launcher`: whose rows they are. `capacity`: gradient addresses that a launch takes.
-Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t capacity);
+// `launcher`: whose rows they are. `words`: of arguments that a schedule's launch takes.
+Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int32_t words);
 
 // Whether any stream of the row is not consecutive.
 inline bool is_strided(const TensorRow& row) { return row.layout != nullptr; }

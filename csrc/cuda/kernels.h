@@ -2,6 +2,9 @@
 // (runtime.h); the tests run every thread of every block on the CPU (tests/emulation).
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "../radam_lookahead.h"
 #include "tables.h"
 
@@ -18,24 +21,45 @@ struct alignas(sizeof(T) * kWidth) Pack {
 template <typename T>
 constexpr int kFullWidth = 16 / sizeof(T);
 
-template <int kWidth, typename T>
-RANGER_HOST_DEVICE Pack<T, kWidth> load(const T* from) {
-  RANGER_ASSUME_GLOBAL(from);
-  return *reinterpret_cast<const Pack<T, kWidth>*>(from);
-}
-
-template <int kWidth, typename T>
-RANGER_HOST_DEVICE void store(T* to, const Pack<T, kWidth>& pack) {
-  RANGER_ASSUME_GLOBAL(to);
-  *reinterpret_cast<Pack<T, kWidth>*>(to) = pack;
-}
-
-// How many elements lie before the next 16-byte boundary.
+// float64 takes twice the registers.
 template <typename T>
-RANGER_HOST_DEVICE int elements_to_boundary(const T* pointer) {
-  const auto address = reinterpret_cast<uintptr_t>(pointer);
-  return static_cast<int>((0 - address) % 16 / sizeof(T));
-}
+constexpr int kPacksOf = sizeof(T) > 4 ? (kPacks + 1) / 2 : kPacks;
+
+// A stream's memory from some element on. On a 16-byte boundary `kWidth` neighbours are one access;
+// elsewhere, as for gradients that are views of a flat bucket, they are one each, in the same
+// thread.
+template <typename T>
+class Memory {
+ public:
+  RANGER_HOST_DEVICE explicit Memory(T* first)
+      : first_(first), aligned_(reinterpret_cast<uintptr_t>(first) % 16 == 0) {}
+
+  template <int kWidth>
+  RANGER_HOST_DEVICE auto load(int i) const {
+    RANGER_ASSUME_GLOBAL(first_);
+    using Value = std::remove_const_t<T>;
+    if (aligned_) return *reinterpret_cast<const Pack<Value, kWidth>*>(first_ + i);
+    Pack<Value, kWidth> pack;
+    RANGER_UNROLL()
+    for (int j = 0; j < kWidth; ++j) pack.values[j] = first_[i + j];
+    return pack;
+  }
+
+  template <int kWidth>
+  RANGER_HOST_DEVICE void store(int i, const Pack<T, kWidth>& pack) const {
+    RANGER_ASSUME_GLOBAL(first_);
+    if (aligned_) {
+      *reinterpret_cast<Pack<T, kWidth>*>(first_ + i) = pack;
+      return;
+    }
+    RANGER_UNROLL()
+    for (int j = 0; j < kWidth; ++j) first_[i + j] = pack.values[j];
+  }
+
+ private:
+  T* first_;
+  bool aligned_;
+};
 
 // Where element `index` of a row lies in `stream`, in elements. A layout is the number of
 // dimensions, their sizes, and then the strides of each stream, all outermost first.
@@ -103,29 +127,36 @@ RANGER_HOST_DEVICE Span span_of(const ChunkRef& chunk, int64_t numel) {
 
 // --- the schedule: one thread a parameter --------------------------------------------------------
 
+template <int kWords>
 struct ScheduleKernel {
-  using Args = ScheduleArgs;
+  using Args = ScheduleArgs<kWords>;
   struct Shared {};
+  static constexpr int kLeastBlocks = 1;
 
   template <class Thread>
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared&) {
+    const ScheduleHeader& told = args.header;
     const int64_t i = thread.block() * kThreads + thread.index();
-    if (i >= args.row_count) return;
-    const DeviceRow& row = args.tables.rows[args.first_row + i];
-    RowScalars& scalars = args.tables.scalars[args.first_row + i];
-    const bool active = args.active[i / 32] >> (i % 32) & 1;
-    const bool overflown = args.found_inf.data != nullptr && args.found_inf.read() != 0.0;
-    if (!active || overflown) {
+    if (i >= told.row_count) return;
+    const DeviceRow& row = told.tables.rows[told.first_row + i];
+    RowScalars& scalars = told.tables.scalars[told.first_row + i];
+    const uint64_t grad = args.words[told.group_count * kGroupWords + i];
+    const bool overflown = told.found_inf.data != nullptr && told.found_inf.read() != 0.0;
+    if (grad == 0 || overflown) {
       scalars.flags = 0;
       return;
     }
-    const GroupArgs& group = args.groups[row.group - args.first_group];
+    scalars.grad = reinterpret_cast<const void*>(grad);
+    GroupArgs group;
+    std::memcpy(&group, args.words + (row.group - told.first_group) * kGroupWords, sizeof(group));
     Hyperparameters hyper = group.hyper;
     if (group.lr.data != nullptr) hyper.lr = group.lr.read();
-    const double unscale = args.grad_scale.data != nullptr ? 1.0 / args.grad_scale.read() : 1.0;
-    const double norm = args.norm.data != nullptr ? args.norm.read() : 0.0;
+    const double unscale = told.grad_scale.data != nullptr ? 1.0 / told.grad_scale.read() : 1.0;
+    const double norm = told.norm.data != nullptr ? told.norm.read() : 0.0;
 
-    const int64_t step = static_cast<int64_t>(*row.step) + 1;
+    float* const count = row.step;
+    RANGER_ASSUME_GLOBAL(count);
+    const int64_t step = static_cast<int64_t>(*count) + 1;
     const Schedule now = schedule(hyper, step);
     const double scale = grad_scale(hyper, unscale, norm);
     bool l2;
@@ -139,20 +170,17 @@ struct ScheduleKernel {
     const bool sync = now.sync && row.data[kSlowParam] != nullptr;
     scalars.flags =
         kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) | (sync ? kSync : 0);
-    *row.step = static_cast<float>(step);
+    *count = static_cast<float>(step);
   }
 };
 
 // --- the fused step ------------------------------------------------------------------------------
 
-// One span's memory, each pointer at its first element.
 template <typename T>
 struct Streams {
-  T* __restrict__ p;
-  const T* __restrict__ g;
-  T* __restrict__ m;
-  T* __restrict__ v;
-  T* __restrict__ slow;
+  Memory<T> p;
+  Memory<const T> g;
+  Memory<T> m, v, slow;
 };
 
 template <typename T>
@@ -161,56 +189,73 @@ struct Update {
   bool l2, rectified, sync;
 };
 
-template <int kWidth, typename T>
-RANGER_HOST_DEVICE void update(const Streams<T>& s, int i, const Update<T>& u) {
-  Pack<T, kWidth> p = load<kWidth>(s.p + i);
-  const Pack<T, kWidth> g = load<kWidth>(s.g + i);
-  Pack<T, kWidth> m = load<kWidth>(s.m + i);
-  Pack<T, kWidth> v = load<kWidth>(s.v + i);
-  Pack<T, kWidth> slow = {};
-  if (u.sync) slow = load<kWidth>(s.slow + i);
-  for (int j = 0; j < kWidth; ++j) {
-    Element<T> x = radam(Element<T>{p.values[j], m.values[j], v.values[j]}, g.values[j], u.c, u.l2,
-                         u.rectified);
-    if (u.sync) x.p = slow.values[j] = lookahead(x.p, slow.values[j], u.c.alpha);
-    p.values[j] = x.p;
-    m.values[j] = x.m;
-    v.values[j] = x.v;
+// Moves `kCount` packs from element `first` on, kThreads of them apart, as far as they lie before
+// `end`. All loads come before the first store, so that they wait for memory side by side.
+template <int kWidth, int kCount, typename T>
+RANGER_HOST_DEVICE void update(const Streams<T>& s, int first, int end, const Update<T>& u) {
+  constexpr int kApart = kThreads * kWidth;
+  Pack<T, kWidth> p[kCount] = {}, g[kCount] = {}, m[kCount] = {}, v[kCount] = {}, slow[kCount] = {};
+  RANGER_UNROLL()
+  for (int n = 0; n < kCount; ++n) {
+    const int i = first + n * kApart;
+    if (i >= end) continue;
+    p[n] = s.p.template load<kWidth>(i);
+    g[n] = s.g.template load<kWidth>(i);
+    m[n] = s.m.template load<kWidth>(i);
+    v[n] = s.v.template load<kWidth>(i);
+    if (u.sync) slow[n] = s.slow.template load<kWidth>(i);
   }
-  store(s.p + i, p);
-  store(s.m + i, m);
-  store(s.v + i, v);
-  if (u.sync) store(s.slow + i, slow);
+  RANGER_UNROLL()
+  for (int n = 0; n < kCount; ++n) {
+    RANGER_UNROLL()
+    for (int j = 0; j < kWidth; ++j) {
+      Element<T> x = radam(Element<T>{p[n].values[j], m[n].values[j], v[n].values[j]},
+                           g[n].values[j], u.c, u.l2, u.rectified);
+      if (u.sync) x.p = slow[n].values[j] = lookahead(x.p, slow[n].values[j], u.c.alpha);
+      p[n].values[j] = x.p;
+      m[n].values[j] = x.m;
+      v[n].values[j] = x.v;
+    }
+  }
+  RANGER_UNROLL()
+  for (int n = 0; n < kCount; ++n) {
+    const int i = first + n * kApart;
+    if (i >= end) continue;
+    s.p.store(i, p[n]);
+    s.m.store(i, m[n]);
+    s.v.store(i, v[n]);
+    if (u.sync) s.slow.store(i, slow[n]);
+  }
 }
 
-// 16 bytes an access between a head and a tail of single elements. Where the streams lie
-// differently to 16 bytes there is no such middle, and everything is head.
-template <class Thread, class Body>
-RANGER_HOST_DEVICE void for_each_pack(const Thread& thread, int count, int head, int width,
-                                      const Body& body) {
-  const int middle = head + (count - head) / width * width;
-  RANGER_UNROLL(kUnroll)
-  for (int i = head + thread.index() * width; i < middle; i += kThreads * width) body.packed(i);
-  const int singles = head + count - middle;
+// Calls `body` for all elements of a block: packs of 16 bytes, and single elements behind the last.
+template <typename T, class Thread, class Body>
+RANGER_HOST_DEVICE void for_each_pack(const Thread& thread, int count, const Body& body) {
+  constexpr int kWidth = kFullWidth<T>;
+  const int packed = count / kWidth * kWidth;
   RANGER_UNROLL(1)
-  for (int i = thread.index(); i < singles; i += kThreads) {
-    body.single(i < head ? i : i - head + middle);
+  for (int i = thread.index() * kWidth; i < packed; i += kThreads * kWidth * kPacksOf<T>) {
+    body.template at<kWidth, kPacksOf<T>>(i, packed);
   }
+  if (packed + thread.index() < count) body.template at<1, 1>(packed + thread.index(), count);
 }
 
 template <typename T>
 struct RadamBody {
   const Streams<T>& s;
   const Update<T>& u;
-  RANGER_HOST_DEVICE void packed(int i) const { update<kFullWidth<T>>(s, i, u); }
-  RANGER_HOST_DEVICE void single(int i) const { update<1>(s, i, u); }
+  template <int kWidth, int kCount>
+  RANGER_HOST_DEVICE void at(int first, int end) const {
+    update<kWidth, kCount>(s, first, end, u);
+  }
 };
 
 // RAdam and, where a cycle ends, Lookahead.
-template <typename T, bool kStrided, int kCapacity>
+template <typename T, bool kStrided>
 struct RadamKernel {
-  using Args = StepArgs<kCapacity>;
+  using Args = StepArgs;
   using Shared = StagedRow;
+  static constexpr int kLeastBlocks = kStrided ? 1 : sizeof(T) > 4 ? (kBlocks + 1) / 2 : kBlocks;
 
   template <class Thread>
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared& staged) {
@@ -219,66 +264,69 @@ struct RadamKernel {
     const int64_t flags = staged.scalars.flags;
     if (!(flags & kActive)) return;
     const DeviceRow& row = staged.row;
-    const T* grad = static_cast<const T*>(args.grads[chunk.row - args.first_row]);
     const Update<T> u{coefficients_of<T>(staged.scalars), (flags & kL2) != 0,
                       (flags & kRectified) != 0, (flags & kSync) != 0};
     const Span span = span_of(chunk, row.numel);
-    T* const p = static_cast<T*>(row.data[kParam]);
-    T* const m = static_cast<T*>(row.data[kExpAvg]);
-    T* const v = static_cast<T*>(row.data[kExpAvgSq]);
-    T* const slow = static_cast<T*>(row.data[kSlowParam]);
-    if (kStrided) {
+    const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow) {
+      return Streams<T>{Memory<T>(static_cast<T*>(row.data[kParam]) + p),
+                        Memory<const T>(static_cast<const T*>(staged.scalars.grad) + g),
+                        Memory<T>(static_cast<T*>(row.data[kExpAvg]) + m),
+                        Memory<T>(static_cast<T*>(row.data[kExpAvgSq]) + v),
+                        Memory<T>(static_cast<T*>(row.data[kSlowParam]) + slow)};
+    };
+    if constexpr (kStrided) {
       RANGER_UNROLL(1)
       for (int i = thread.index(); i < span.count; i += kThreads) {
-        const int64_t index = span.begin + i;
-        const int64_t* at = row.layout;
-        update<1>(Streams<T>{p + strided_offset(at, kParam, index),
-                             grad + strided_offset(at, kGrad, index),
-                             m + strided_offset(at, kExpAvg, index),
-                             v + strided_offset(at, kExpAvgSq, index),
-                             u.sync ? slow + strided_offset(at, kSlowParam, index) : nullptr},
-                  0, u);
+        const auto at = [&](int stream) {
+          return strided_offset(row.layout, stream, span.begin + i);
+        };
+        const Streams<T> s =
+            from(at(kParam), at(kGrad), at(kExpAvg), at(kExpAvgSq), u.sync ? at(kSlowParam) : 0);
+        update<1, 1>(s, 0, 1, u);
       }
-      return;
+    } else {
+      const int64_t begin = span.begin;
+      const Streams<T> s = from(begin, begin, begin, begin, begin);
+      for_each_pack<T>(thread, span.count, RadamBody<T>{s, u});
     }
-    const Streams<T> s{p + span.begin, grad + span.begin, m + span.begin, v + span.begin,
-                       u.sync ? slow + span.begin : nullptr};
-    const int before = elements_to_boundary(s.p);
-    const bool alike = elements_to_boundary(s.g) == before && elements_to_boundary(s.m) == before &&
-                       elements_to_boundary(s.v) == before &&
-                       (!u.sync || elements_to_boundary(s.slow) == before);
-    const int head = alike && before < span.count ? before : span.count;
-    for_each_pack(thread, span.count, head, kFullWidth<T>, RadamBody<T>{s, u});
   }
 };
 
 // --- parameters and slow weights alone -----------------------------------------------------------
 
-struct PassArgs {
-  Tables tables;
-};
-
 // `Rule` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
 template <typename T, bool kStrided, class Rule>
 struct SlowKernel {
-  using Args = PassArgs;
+  using Args = StepArgs;
   using Shared = StagedRow;
+  static constexpr int kLeastBlocks = kStrided ? 1 : sizeof(T) > 4 ? (kBlocks + 1) / 2 : kBlocks;
 
   struct Body {
-    T* __restrict__ p;
-    T* __restrict__ slow;
+    Memory<T> p;
+    Memory<T> slow;
     T alpha;
 
-    template <int kWidth>
-    RANGER_HOST_DEVICE void at(int64_t p_offset, int64_t slow_offset) const {
-      Pack<T, kWidth> a = load<kWidth>(p + p_offset);
-      Pack<T, kWidth> b = load<kWidth>(slow + slow_offset);
-      for (int j = 0; j < kWidth; ++j) Rule::apply(a.values[j], b.values[j], alpha);
-      store(p + p_offset, a);
-      store(slow + slow_offset, b);
+    template <int kWidth, int kCount>
+    RANGER_HOST_DEVICE void at(int first, int end) const {
+      constexpr int kApart = kThreads * kWidth;
+      Pack<T, kWidth> a[kCount] = {}, b[kCount] = {};
+      RANGER_UNROLL()
+      for (int n = 0; n < kCount; ++n) {
+        const int i = first + n * kApart;
+        if (i >= end) continue;
+        a[n] = p.template load<kWidth>(i);
+        b[n] = slow.template load<kWidth>(i);
+      }
+      RANGER_UNROLL()
+      for (int n = 0; n < kCount; ++n) {
+        const int i = first + n * kApart;
+        if (i >= end) continue;
+        RANGER_UNROLL()
+        for (int j = 0; j < kWidth; ++j) Rule::apply(a[n].values[j], b[n].values[j], alpha);
+        p.store(i, a[n]);
+        slow.store(i, b[n]);
+      }
     }
-    RANGER_HOST_DEVICE void packed(int i) const { at<kFullWidth<T>>(i, i); }
-    RANGER_HOST_DEVICE void single(int i) const { at<1>(i, i); }
   };
 
   template <class Thread>
@@ -288,23 +336,22 @@ struct SlowKernel {
     if (!Rule::applies(staged)) return;
     const DeviceRow& row = staged.row;
     const Span span = span_of(chunk, row.numel);
-    const int64_t start = kStrided ? 0 : span.begin;
-    const Body body{static_cast<T*>(row.data[kParam]) + start,
-                    static_cast<T*>(row.data[kSlowParam]) + start,
-                    coefficients_of<T>(staged.scalars).alpha};
-    if (kStrided) {
+    const T alpha = coefficients_of<T>(staged.scalars).alpha;
+    const auto from = [&](int64_t p, int64_t slow) {
+      return Body{Memory<T>(static_cast<T*>(row.data[kParam]) + p),
+                  Memory<T>(static_cast<T*>(row.data[kSlowParam]) + slow), alpha};
+    };
+    if constexpr (kStrided) {
       RANGER_UNROLL(1)
       for (int i = thread.index(); i < span.count; i += kThreads) {
-        const int64_t index = span.begin + i;
-        body.template at<1>(strided_offset(row.layout, kParam, index),
-                            strided_offset(row.layout, kSlowParam, index));
+        const auto at = [&](int stream) {
+          return strided_offset(row.layout, stream, span.begin + i);
+        };
+        from(at(kParam), at(kSlowParam)).template at<1, 1>(0, 1);
       }
-      return;
+    } else {
+      for_each_pack<T>(thread, span.count, from(span.begin, span.begin));
     }
-    const int before = elements_to_boundary(body.p);
-    const bool alike = elements_to_boundary(body.slow) == before;
-    const int head = alike && before < span.count ? before : span.count;
-    for_each_pack(thread, span.count, head, kFullWidth<T>, body);
   }
 };
 

@@ -1,6 +1,8 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <cstring>
+#include <iterator>
 
 #include "kernels.h"
 #include "runtime.h"
@@ -35,30 +37,28 @@ void append_layout(std::vector<int64_t>& words, const Layout& layout) {
   }
 }
 
-template <typename T, bool kStrided, int kTier>
-void launch_radam(const Launch& launch, const Tables& tables, const std::vector<void*>& grads,
-                  void* stream) {
-  constexpr int kCapacity = kGradTiers[kTier];
-  if constexpr (!kStrided && kTier + 1 < static_cast<int>(std::size(kGradTiers))) {
-    if (launch.row_count > kCapacity) {
-      launch_radam<T, kStrided, kTier + 1>(launch, tables, grads, stream);
-      return;
-    }
+// Calls `run` with the kernel of a rule for rows of a kind: by<RadamOf>(launch, run).
+template <template <typename T, bool kStrided> class KernelOf, class Run>
+void by_kind(const Launch& launch, const Run& run) {
+  if (launch.dtype == DType::kFloat64) {
+    launch.strided ? run(KernelOf<double, true>()) : run(KernelOf<double, false>());
+  } else {
+    launch.strided ? run(KernelOf<float, true>()) : run(KernelOf<float, false>());
   }
-  StepArgs<kCapacity> args = {tables, launch.first_row, {}};
-  std::copy_n(grads.begin() + launch.first_row, launch.row_count, args.grads);
-  cuda::launch<RadamKernel<T, kStrided, kCapacity>>(launch.chunk_count, stream, args);
 }
 
-// Calls the one of four that is for the launch's kind.
-template <class F32, class F32Strided, class F64, class F64Strided>
-void by_kind(const Launch& launch, F32 f32, F32Strided f32_strided, F64 f64,
-             F64Strided f64_strided) {
-  if (launch.dtype == DType::kFloat64) {
-    launch.strided ? f64_strided() : f64();
-  } else {
-    launch.strided ? f32_strided() : f32();
+template <typename T, bool kStrided>
+using InterpolationKernel = SlowKernel<T, kStrided, Interpolation>;
+template <typename T, bool kStrided>
+using SwapKernel = SlowKernel<T, kStrided, Swap>;
+
+// Calls `run` with the schedule kernel of the smallest tier that so many words fit.
+template <int kTier = 0, class Run>
+void by_tier(int32_t words, const Run& run) {
+  if constexpr (kTier + 1 < static_cast<int>(std::size(kScheduleTiers))) {
+    if (words > kScheduleTiers[kTier]) return by_tier<kTier + 1>(words, run);
   }
+  run(ScheduleKernel<kScheduleTiers[kTier]>());
 }
 
 }  // namespace
@@ -66,8 +66,8 @@ void by_kind(const Launch& launch, F32 f32, F32Strided f32_strided, F64 f64,
 void Launcher::prepare(const Rows& rows) {
   if (version_ == rows.version) return;
   const DeviceGuard guard(device_);
-  require<ScheduleKernel>();
-  Geometry geometry = make_geometry(rows.rows, index_, grad_capacity());
+  Geometry geometry = make_geometry(rows.rows, index_, kScheduleTiers[largest_tier()]);
+  load_kernels(geometry);
   std::vector<int64_t> layouts;
   std::vector<int64_t> layout_of;
   for (int32_t i : geometry.order) {
@@ -112,61 +112,58 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
   schedule(rows, hypers, signals, stream);
-  rule_ == Rule::kRadam ? radam(rows, stream) : pass<Interpolation>(stream);
+  rule_ == Rule::kRadam ? run<RadamKernel>(stream) : run<InterpolationKernel>(stream);
 }
 
 void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
                         const Signals& signals, void* stream) {
   for (const ScheduleLaunch& launch : geometry_.schedules) {
-    ScheduleArgs args = {};
-    args.tables = tables(0);
-    args.first_row = launch.first_row;
-    args.row_count = launch.row_count;
-    args.first_group = launch.first_group;
-    args.grad_scale = signals.grad_scale;
-    args.found_inf = signals.found_inf;
-    args.norm = signals.norm;
-    for (int32_t i = 0; i < launch.row_count; ++i) {
-      const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];
-      args.groups[row.group - launch.first_group] = {hypers[row.group], signals.lr[row.group]};
-      if (row.active) args.active[i / 32] |= 1u << (i % 32);
-    }
-    cuda::launch<ScheduleKernel>((launch.row_count + kThreads - 1) / kThreads, stream, args);
+    by_tier(launch.words(), [&](auto kernel) {
+      typename decltype(kernel)::Args args = {};
+      args.header = {tables(0),          launch.first_row,   launch.row_count,  launch.first_group,
+                     launch.group_count, signals.grad_scale, signals.found_inf, signals.norm};
+      uint64_t* word = args.words;
+      for (int32_t i = 0; i < launch.group_count; ++i, word += kGroupWords) {
+        const int32_t group = launch.first_group + i;
+        const GroupArgs told = {hypers[group], signals.lr[group]};
+        std::memcpy(word, &told, sizeof(told));
+      }
+      for (int32_t i = 0; i < launch.row_count; ++i) {
+        const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];
+        const auto grad = reinterpret_cast<uint64_t>(row.data[kGrad]);
+        *word++ = row.active ? std::max(grad, kNoGrad) : 0;
+      }
+      const int64_t blocks = (launch.row_count + kThreads - 1) / kThreads;
+      cuda::launch<decltype(kernel)>(blocks, stream, args);
+    });
   }
 }
 
-void Launcher::radam(const Rows& rows, void* stream) {
-  std::vector<void*> grads;
-  for (int32_t i : geometry_.order) {
-    grads.push_back(rows.rows[i].active ? rows.rows[i].data[kGrad] : nullptr);
-  }
-  for (const Launch& launch : geometry_.steps) {
-    const Tables at = tables(launch.first_chunk);
-    by_kind(
-        launch, [&] { launch_radam<float, false, 0>(launch, at, grads, stream); },
-        [&] { launch_radam<float, true, kStridedTier>(launch, at, grads, stream); },
-        [&] { launch_radam<double, false, 0>(launch, at, grads, stream); },
-        [&] { launch_radam<double, true, kStridedTier>(launch, at, grads, stream); });
+template <template <typename T, bool kStrided> class KernelOf>
+void Launcher::run(void* stream) {
+  for (const Launch& launch : geometry_.launches) {
+    const StepArgs args = {tables(launch.first_chunk)};
+    by_kind<KernelOf>(launch, [&](auto kernel) {
+      cuda::launch<decltype(kernel)>(launch.chunk_count, stream, args);
+    });
   }
 }
 
-template <class Pass>
-void Launcher::pass(void* stream) {
-  for (const Launch& launch : geometry_.passes) {
-    const PassArgs args = {tables(launch.first_chunk)};
-    const int64_t blocks = launch.chunk_count;
-    by_kind(
-        launch, [&] { cuda::launch<SlowKernel<float, false, Pass>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<float, true, Pass>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<double, false, Pass>>(blocks, stream, args); },
-        [&] { cuda::launch<SlowKernel<double, true, Pass>>(blocks, stream, args); });
+// A step must not fail in its middle, and a capture must find what it records.
+void Launcher::load_kernels(const Geometry& geometry) const {
+  const auto load = [](auto kernel) { require<decltype(kernel)>(); };
+  for (const ScheduleLaunch& launch : geometry.schedules) by_tier(launch.words(), load);
+  for (const Launch& launch : geometry.launches) {
+    rule_ == Rule::kRadam ? by_kind<RadamKernel>(launch, load)
+                          : by_kind<InterpolationKernel>(launch, load);
+    if (launch.has_slow) by_kind<SwapKernel>(launch, load);
   }
 }
 
 void Launcher::swap(void* stream) {
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
-  pass<Swap>(stream);
+  run<SwapKernel>(stream);
 }
 
 }  // namespace ranger::cuda

@@ -50,9 +50,9 @@ class Launcher {
   Tables tables(int64_t first_chunk) const;
   void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
                 const Signals& signals, void* stream);
-  void radam(const Rows& rows, void* stream);
-  template <class Pass>
-  void pass(void* stream);
+  template <template <typename T, bool kStrided> class KernelOf>
+  void run(void* stream);
+  void load_kernels(const Geometry& geometry) const;
 
   Rule rule_;
   int32_t index_;

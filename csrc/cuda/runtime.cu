@@ -121,13 +121,13 @@ void keep_while_captured(void* stream, const std::shared_ptr<const void>& tables
   check(retained, "cudaGraphRetainUserObject");
 }
 
-int32_t grad_capacity() {
+int32_t largest_tier() {
 #if CUDART_VERSION >= 12010
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  if (driver >= 12010) return kGradTiers[2];
+  if (driver >= 12010) return static_cast<int32_t>(std::size(kScheduleTiers)) - 1;
 #endif
-  return kGradTiers[1];
+  return kTierOf4KiB;
 }
 
 }  // namespace ranger::cuda

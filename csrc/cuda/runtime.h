@@ -56,8 +56,8 @@ class DeviceMemory {
 // If `stream` is being captured, `tables` live as long as the graph and all that is made of it.
 void keep_while_captured(void* stream, const std::shared_ptr<const void>& tables);
 
-// Gradient addresses that one launch takes with this driver.
-int32_t grad_capacity();
+// Which of kScheduleTiers is the largest that this driver takes.
+int32_t largest_tier();
 
 #if defined(__CUDACC__)
 
@@ -69,7 +69,7 @@ struct DeviceThread {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Kernel::kLeastBlocks)
     entry(const __grid_constant__ typename Kernel::Args args) {
   __shared__ typename Kernel::Shared shared;
   Kernel::run(DeviceThread(), args, shared);

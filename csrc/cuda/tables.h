@@ -16,17 +16,21 @@ namespace ranger::cuda {
 #if !defined(RANGER_CUDA_CHUNK)
 #define RANGER_CUDA_CHUNK 8192
 #endif
-#if !defined(RANGER_CUDA_UNROLL)
-#define RANGER_CUDA_UNROLL 1
+#if !defined(RANGER_CUDA_PACKS)
+#define RANGER_CUDA_PACKS 2
+#endif
+#if !defined(RANGER_CUDA_BLOCKS)
+#define RANGER_CUDA_BLOCKS 4
 #endif
 constexpr int kThreads = RANGER_CUDA_THREADS;      // of a block
 constexpr int64_t kChunkSize = RANGER_CUDA_CHUNK;  // elements of a block
-constexpr int kUnroll = RANGER_CUDA_UNROLL;        // 16-byte accesses of a thread side by side
+constexpr int kPacks = RANGER_CUDA_PACKS;    // 16-byte loads of a thread from each float32 stream at a time
+constexpr int kBlocks = RANGER_CUDA_BLOCKS;  // side by side on a multiprocessor, at least
 
 // --- on the device from step to step -----------------------------------------------------------
 
 struct DeviceRow {
-  void* data[kStreams];  // kGrad: not used, gradients are arguments
+  void* data[kStreams];  // kGrad: not used, gradients are of a step
   int64_t numel;
   float* step;
   const int64_t* layout;  // nullptr: all streams are consecutive; otherwise see strided_offset()
@@ -40,12 +44,13 @@ struct ChunkRef {
   int32_t index;
 };
 
-// What the schedule kernel writes for a row and the other kernels of the step read: flags, and the
-// scalars in the type of the row's arithmetic.
+// What the schedule kernel writes for a row and the other kernels of the step read: flags, where
+// the gradient is, and the scalars in the type of the row's arithmetic.
 constexpr int64_t kActive = 1, kRectified = 2, kL2 = 4, kSync = 8;
 
 struct RowScalars {
   int64_t flags;
+  const void* grad;
   union {
     Coefficients<float> f32;
     Coefficients<double> f64;
@@ -76,36 +81,41 @@ struct GroupArgs {
   DeviceScalar lr;  // in place of hyper.lr, if there is one
 };
 
-// Below the 4 KiB that every driver takes.
-constexpr int kScheduleGroups = 30;
-constexpr int kScheduleRows = 8192;
-
-struct ScheduleArgs {
+// What the schedule kernel is told of consecutive rows. Gradients move from step to step, so their
+// addresses travel with the launch: nothing is copied, and a captured graph holds nothing that can
+// go stale. A launch pays for all of its arguments' bytes, so there are tiers: 512 bytes; the 4 KiB
+// that every driver takes; and up to the 32,764 bytes of CUDA 12.1 and driver R530 on.
+struct ScheduleHeader {
   Tables tables;
   int32_t first_row;
   int32_t row_count;
   int32_t first_group;
+  int32_t group_count;
   DeviceScalar grad_scale;  // GradScaler's loss scale; none: 1
   DeviceScalar found_inf;   // not 0: nothing moves in this step
   DeviceScalar norm;        // of all gradients; read where a group clips
-  GroupArgs groups[kScheduleGroups];
-  uint32_t active[kScheduleRows / 32];  // a bit for each row
 };
-static_assert(sizeof(ScheduleArgs) <= 4096);
 
-// Gradients move from step to step, so their addresses travel with the launch: nothing is copied,
-// and a captured graph holds nothing that can go stale. 32,764 bytes of arguments from CUDA 12.1
-// and driver R530 on, 4 KiB before. A launch pays for all bytes, so small models take small ones.
-constexpr int kGradTiers[] = {32, 480, 4080};
-constexpr int kStridedTier = 1;  // the only one of strided rows, which are few
+constexpr int kHeaderWords = sizeof(ScheduleHeader) / 8;
+constexpr int kGroupWords = sizeof(GroupArgs) / 8;
+constexpr int kScheduleTiers[] = {64 - kHeaderWords, 512 - kHeaderWords, 1024 - kHeaderWords,
+                                  2048 - kHeaderWords, 4095 - kHeaderWords};
 
-template <int kCapacity>
+template <int kWords>
+struct ScheduleArgs {
+  ScheduleHeader header;
+  // GroupArgs of each group, then a word for each row: the address of its gradient. 0: it does not
+  // move; kNoGrad: it has none to read.
+  uint64_t words[kWords];
+};
+constexpr uint64_t kNoGrad = 1;
+constexpr int kTierOf4KiB = 1;
+static_assert(sizeof(ScheduleArgs<kScheduleTiers[kTierOf4KiB]>) == 4096);
+static_assert(sizeof(ScheduleArgs<kScheduleTiers[4]>) <= 32764);
+
+// Arguments of all other kernels.
 struct StepArgs {
   Tables tables;
-  int64_t first_row;
-  const void* grads[kCapacity];  // nullptr: the row does not move
 };
-static_assert(sizeof(StepArgs<kGradTiers[1]>) <= 4096);
-static_assert(sizeof(StepArgs<kGradTiers[2]>) <= 32764);
 
 }  // namespace ranger::cuda

@@ -6,6 +6,8 @@ The tables are those of ``csrc/cuda/tables.h``, in 8-byte words. Whoever launche
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,9 +16,9 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, SLOW_PARAM = (tl.constexpr(i) for i in range(5
 NUMEL, STEP, LAYOUT, GROUP = (tl.constexpr(i) for i in range(5, 9))
 ROW_WORDS = tl.constexpr(9)
 
-# A tensor's scalars, in words (RowScalars): flags, then the coefficients in the order that
-# ranger_cuda.schedule.Coefficients has them, as float64, or as float32 in half the room.
-SCALAR_WORDS, COEFFICIENTS = tl.constexpr(11), tl.constexpr(1)
+# A tensor's scalars, in words (RowScalars): flags, the address of its gradient, then the
+# coefficients, as float64, or as float32 in half the room.
+SCALAR_WORDS, GRADIENT, COEFFICIENTS = tl.constexpr(12), tl.constexpr(1), tl.constexpr(2)
 ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8))
 
 # What a step is told, in words: the address of each tensor's gradient; then those of three numbers
@@ -24,6 +26,60 @@ ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 # ranger_cuda.hyperparameters.Hyperparameters in its order, and a learning rate on the device.
 GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 6))
 GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
+
+
+# --- the rule: elements, no memory ---------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """The scalars of a tensor's step, in the type of its arithmetic (``csrc/schedule.h``)."""
+
+    grad_scale: Any
+    weight_decay: Any
+    beta1: Any
+    one_minus_beta1: Any
+    beta2: Any
+    one_minus_beta2: Any
+    eps: Any
+    decay: Any
+    step_size: Any
+    alpha: Any
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
+def root(a):
+    """Correctly rounded."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    return tl.sqrt(a)
+
+
+@triton.jit
+def radam(p, g, m, v, c, l2, rectified):
+    """RAdam (arXiv:1908.03265, Algorithm 2): the parameter and its moments after a step."""
+    g = g * c.grad_scale
+    g = tl.where(l2, g + c.weight_decay * p, g)
+    m = c.beta1 * m + c.one_minus_beta1 * g
+    v = c.beta2 * v + c.one_minus_beta2 * (g * g)
+    u = tl.where(rectified, divide(m, root(v) + c.eps), m)
+    return p * c.decay - c.step_size * u, m, v
+
+
+@triton.jit
+def lookahead(p, slow, alpha):
+    """Lookahead (arXiv:1907.08610, Algorithm 1); alpha = 1 takes the fast weight itself."""
+    return tl.where(alpha == 1.0, p, slow + alpha * (p - slow))
+
+
+# --- the schedule: the scalars of each tensor's step ---------------------------------------------
 
 
 @triton.jit
@@ -64,7 +120,8 @@ def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
     """
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = row < count
-    active = inside & (tl.load(told + row, mask=inside, other=0) != 0)
+    grad = tl.load(told + row, mask=inside, other=0)
+    active = inside & (grad != 0)
     signals = told + count + row * 0
     zero = tl.full([BLOCK], 0.0, tl.float64)
     one = zero + 1.0
@@ -124,6 +181,7 @@ def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
     )
     slot = scalars + row * SCALAR_WORDS
     tl.store(slot, tl.where(active, flags, 0).to(tl.int64), mask=inside)
+    tl.store(slot + GRADIENT, grad, mask=inside)
     write_scalar(slot, 0, scale, active, is_float64)
     write_scalar(slot, 1, l2, active, is_float64)
     write_scalar(slot, 2, beta1, active, is_float64)
@@ -147,26 +205,17 @@ def write_scalar(slot, index: tl.constexpr, value, active, is_float64):
     tl.store(single, value.to(tl.float32), mask=active & (is_float64 == 0))
 
 
-@triton.jit
-def divide(a, b, T: tl.constexpr):
-    """Correctly rounded."""
-    if T == tl.float32:  # noqa: SIM300
-        return tl.div_rn(a, b)
-    return a / b
+# --- memory --------------------------------------------------------------------------------------
 
 
-@triton.jit
-def root(a, T: tl.constexpr):
-    """Correctly rounded."""
-    if T == tl.float32:  # noqa: SIM300
-        return tl.sqrt_rn(a)
-    return tl.sqrt(a)
+class Streams(NamedTuple):
+    """Something of each of a tensor's streams."""
 
-
-@triton.jit
-def lookahead(p, slow, alpha):
-    """Lookahead (arXiv:1907.08610, Algorithm 1); alpha = 1 takes the fast weight itself."""
-    return tl.where(alpha == 1.0, p, slow + alpha * (p - slow))
+    p: Any
+    g: Any
+    m: Any
+    v: Any
+    slow: Any
 
 
 @triton.jit
@@ -185,69 +234,25 @@ def strided_offset(layout, stream: tl.constexpr, index):
 
 
 @triton.jit
-def radam_block(p_at, g_at, m_at, v_at, slow_at, mask, c, rectified, l2, sync, T: tl.constexpr):
-    """RAdam (arXiv:1908.03265, Algorithm 2), and Lookahead where a cycle ends."""
-    p = tl.load(p_at, mask=mask)
-    g = tl.load(g_at, mask=mask)
-    m = tl.load(m_at, mask=mask)
-    v = tl.load(v_at, mask=mask)
-    g = g * c[0]  # grad_scale
-    g = tl.where(l2, g + c[1] * p, g)  # weight_decay, not decoupled
-    m = c[2] * m + c[3] * g  # beta1, 1 - beta1
-    v = c[4] * v + c[5] * (g * g)  # beta2, 1 - beta2
-    u = tl.where(rectified, divide(m, root(v, T) + c[6], T), m)  # eps
-    p = p * c[7] - c[8] * u  # decay, step_size
-    if sync:
-        p = lookahead(p, tl.load(slow_at, mask=mask), c[9])  # alpha
-        tl.store(slow_at, p, mask=mask)
-    tl.store(p_at, p, mask=mask)
-    tl.store(m_at, m, mask=mask)
-    tl.store(v_at, v, mask=mask)
-
-
-@triton.jit
-def slow_block(p_at, slow_at, mask, alpha, SWAP: tl.constexpr):
-    """Parameters and slow weights change places, or are interpolated."""
-    p = tl.load(p_at, mask=mask)
-    slow = tl.load(slow_at, mask=mask)
-    if SWAP:
-        tl.store(p_at, slow, mask=mask)
-        tl.store(slow_at, p, mask=mask)
+def load(word, i, mask, T: tl.constexpr):
+    """Elements ``i`` of the stream at the address ``word``: 16 bytes an access where it lies at a
+    multiple of 16, which is not known of an address from a table until ``multiple_of`` says it."""
+    stream = word.to(tl.pointer_type(T))
+    if (word & 15) == 0:
+        values = tl.load(tl.multiple_of(stream, 16) + i, mask=mask)
     else:
-        slow = lookahead(p, slow, alpha)
-        tl.store(p_at, slow, mask=mask)
-        tl.store(slow_at, slow, mask=mask)
+        values = tl.load(stream + i, mask=mask)
+    return values
 
 
 @triton.jit
-def split(word, differences, count, T: tl.constexpr, BLOCK: tl.constexpr):
-    """How many elements of a chunk come before the first that lies at a multiple of 16 bytes, and
-    how many from there on go in blocks without a mask, 16 bytes an access: none where the streams'
-    addresses, of which ``word`` is one and ``differences`` the bits that differ, are not alike."""
-    head = ((16 - (word & 15)) & 15) // (T.primitive_bitwidth // 8)
-    head = tl.minimum(head.to(tl.int32), count)
-    whole = (count - head) // BLOCK * BLOCK
-    if (differences & 15) != 0:
-        whole = whole * 0
-    return head, whole
-
-
-@triton.jit
-def aligned(word, head, T: tl.constexpr):
-    """A pointer to the first element behind the head. Loaded from a table, an address is of unknown
-    alignment until ``multiple_of`` says it."""
-    first = word + head * (T.primitive_bitwidth // 8)
-    return tl.multiple_of(first.to(tl.pointer_type(T)), 16)
-
-
-@triton.jit
-def around(rest, head, whole):
-    """The element of a chunk that is the ``rest``-th of those before and behind the whole blocks.
-
-    Blocks of another length than the whole ones: the compiler gives all loads of a length the same
-    layout, and four neighbours a thread, one access each, would leave gaps between the threads.
-    """
-    return tl.where(rest < head, rest, rest + whole)
+def store(word, i, values, mask, T: tl.constexpr):
+    """Likewise."""
+    stream = word.to(tl.pointer_type(T))
+    if (word & 15) == 0:
+        tl.store(tl.multiple_of(stream, 16) + i, values, mask=mask)
+    else:
+        tl.store(stream + i, values, mask=mask)
 
 
 @triton.jit
@@ -257,12 +262,33 @@ def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
     return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64) * CHUNK
 
 
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def radam_block(words, i, mask, c, l2, rectified, sync, T: tl.constexpr):
+    """The fused step of elements ``i`` of each stream: all are loaded before one is stored."""
+    p = load(words.p, i.p, mask, T)
+    g = load(words.g, i.g, mask, T)
+    m = load(words.m, i.m, mask, T)
+    v = load(words.v, i.v, mask, T)
+    if sync:
+        slow = load(words.slow, i.slow, mask, T)
+        p, m, v = radam(p, g, m, v, c, l2, rectified)
+        p = lookahead(p, slow, c.alpha)
+        store(words.slow, i.slow, p, mask, T)
+    else:
+        p, m, v = radam(p, g, m, v, c, l2, rectified)
+    store(words.p, i.p, p, mask, T)
+    store(words.m, i.m, m, mask, T)
+    store(words.v, i.v, v, mask, T)
+
+
 @triton.jit(do_not_specialize=["first_chunk"])
 def radam_kernel(
     rows,
     scalars,
     chunks,
-    told,
     first_chunk,
     T: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -271,78 +297,73 @@ def radam_kernel(
 ):
     """The fused step of one chunk."""
     row, begin = this_chunk(chunks, first_chunk, CHUNK)
-    flags = tl.load(scalars + row * SCALAR_WORDS)
+    slot = scalars + row * SCALAR_WORDS
+    flags = tl.load(slot)
     if (flags & ACTIVE) != 0:
         record = rows + row * ROW_WORDS
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         rectified = (flags & RECTIFIED) != 0
         l2 = (flags & L2) != 0
         sync = (flags & SYNC) != 0
-        at = (scalars + row * SCALAR_WORDS + COEFFICIENTS).to(tl.pointer_type(T))
-        c = (
-            tl.load(at),
-            tl.load(at + 1),
-            tl.load(at + 2),
-            tl.load(at + 3),
-            tl.load(at + 4),
-            tl.load(at + 5),
-            tl.load(at + 6),
-            tl.load(at + 7),
-            tl.load(at + 8),
-            tl.load(at + 9),
+        at = (slot + COEFFICIENTS).to(tl.pointer_type(T))
+        c = Coefficients(
+            grad_scale=tl.load(at),
+            weight_decay=tl.load(at + 1),
+            beta1=tl.load(at + 2),
+            one_minus_beta1=tl.load(at + 3),
+            beta2=tl.load(at + 4),
+            one_minus_beta2=tl.load(at + 5),
+            eps=tl.load(at + 6),
+            decay=tl.load(at + 7),
+            step_size=tl.load(at + 8),
+            alpha=tl.load(at + 9),
         )
-        p_word = tl.load(record + PARAM)
-        g_word = tl.load(told + row)
-        m_word = tl.load(record + EXP_AVG)
-        v_word = tl.load(record + EXP_AVG_SQ)
-        slow_word = tl.load(record + SLOW_PARAM)
-        p = p_word.to(tl.pointer_type(T))
-        g = g_word.to(tl.pointer_type(T))
-        m = m_word.to(tl.pointer_type(T))
-        v = v_word.to(tl.pointer_type(T))
-        slow = slow_word.to(tl.pointer_type(T))
-        lanes = tl.arange(0, BLOCK)
+        words = Streams(
+            p=tl.load(record + PARAM),
+            g=tl.load(slot + GRADIENT),
+            m=tl.load(record + EXP_AVG),
+            v=tl.load(record + EXP_AVG_SQ),
+            slow=tl.load(record + SLOW_PARAM),
+        )
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
+            lanes = tl.arange(0, BLOCK)
             for start in range(0, count, BLOCK):
                 index = begin + start + lanes
-                p_at = p + strided_offset(layout, PARAM, index)
-                g_at = g + strided_offset(layout, GRAD, index)
-                m_at = m + strided_offset(layout, EXP_AVG, index)
-                v_at = v + strided_offset(layout, EXP_AVG_SQ, index)
-                slow_at = slow + strided_offset(layout, SLOW_PARAM, index)
-                mask = start + lanes < count
-                radam_block(p_at, g_at, m_at, v_at, slow_at, mask, c, rectified, l2, sync, T)
-        else:
-            differences = (p_word ^ g_word) | (p_word ^ m_word) | (p_word ^ v_word)
-            if sync:
-                differences = differences | (p_word ^ slow_word)
-            head, whole = split(p_word, differences, count, T, BLOCK)
-            p_wide = aligned(p_word, head, T)
-            g_wide = aligned(g_word, head, T)
-            m_wide = aligned(m_word, head, T)
-            v_wide = aligned(v_word, head, T)
-            slow_wide = aligned(slow_word, head, T)
-            for start in range(0, whole, BLOCK):
-                i = begin + start + lanes
-                radam_block(
-                    p_wide + i,
-                    g_wide + i,
-                    m_wide + i,
-                    v_wide + i,
-                    slow_wide + i,
-                    None,
-                    c,
-                    rectified,
-                    l2,
-                    sync,
-                    T,
+                i = Streams(
+                    p=strided_offset(layout, PARAM, index),
+                    g=strided_offset(layout, GRAD, index),
+                    m=strided_offset(layout, EXP_AVG, index),
+                    v=strided_offset(layout, EXP_AVG_SQ, index),
+                    slow=strided_offset(layout, SLOW_PARAM, index),
                 )
-            some = tl.arange(0, BLOCK // 2)
-            for start in range(0, count - whole, BLOCK // 2):
-                i = begin + around(start + some, head, whole)
-                mask = start + some < count - whole
-                radam_block(p + i, g + i, m + i, v + i, slow + i, mask, c, rectified, l2, sync, T)
+                radam_block(words, i, start + lanes < count, c, l2, rectified, sync, T)
+        else:
+            # What is left over goes in blocks of another length: the compiler gives all loads of a
+            # length the same layout, and neighbours in one thread would leave gaps between threads.
+            whole = count // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                i = begin + start + tl.arange(0, BLOCK)
+                radam_block(words, Streams(i, i, i, i, i), None, c, l2, rectified, sync, T)
+            rest = tl.arange(0, BLOCK // 2)
+            for start in range(whole, count, BLOCK // 2):
+                i = begin + start + rest
+                mask = start + rest < count
+                radam_block(words, Streams(i, i, i, i, i), mask, c, l2, rectified, sync, T)
+
+
+@triton.jit
+def slow_block(p_word, slow_word, i_p, i_slow, mask, alpha, SWAP: tl.constexpr, T: tl.constexpr):
+    """Parameters and slow weights change places, or are interpolated."""
+    p = load(p_word, i_p, mask, T)
+    slow = load(slow_word, i_slow, mask, T)
+    if SWAP:
+        store(p_word, i_p, slow, mask, T)
+        store(slow_word, i_slow, p, mask, T)
+    else:
+        slow = lookahead(p, slow, alpha)
+        store(p_word, i_p, slow, mask, T)
+        store(slow_word, i_slow, slow, mask, T)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -365,26 +386,21 @@ def slow_kernel(
     if (tl.load(record + SLOW_PARAM) if SWAP else sync) != 0:
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         alpha = tl.load((slot + COEFFICIENTS).to(tl.pointer_type(T)) + 9)
-        p_word = tl.load(record + PARAM)
-        slow_word = tl.load(record + SLOW_PARAM)
-        p = p_word.to(tl.pointer_type(T))
-        slow = slow_word.to(tl.pointer_type(T))
-        lanes = tl.arange(0, BLOCK)
+        p = tl.load(record + PARAM)
+        slow = tl.load(record + SLOW_PARAM)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
+            lanes = tl.arange(0, BLOCK)
             for start in range(0, count, BLOCK):
-                index = begin + start + lanes
-                p_at = p + strided_offset(layout, PARAM, index)
-                slow_at = slow + strided_offset(layout, SLOW_PARAM, index)
-                slow_block(p_at, slow_at, start + lanes < count, alpha, SWAP)
+                i_p = strided_offset(layout, PARAM, begin + start + lanes)
+                i_slow = strided_offset(layout, SLOW_PARAM, begin + start + lanes)
+                slow_block(p, slow, i_p, i_slow, start + lanes < count, alpha, SWAP, T)
         else:
-            head, whole = split(p_word, p_word ^ slow_word, count, T, BLOCK)
-            p_wide = aligned(p_word, head, T)
-            slow_wide = aligned(slow_word, head, T)
+            whole = count // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
-                i = begin + start + lanes
-                slow_block(p_wide + i, slow_wide + i, None, alpha, SWAP)
-            some = tl.arange(0, BLOCK // 2)
-            for start in range(0, count - whole, BLOCK // 2):
-                i = begin + around(start + some, head, whole)
-                slow_block(p + i, slow + i, start + some < count - whole, alpha, SWAP)
+                i = begin + start + tl.arange(0, BLOCK)
+                slow_block(p, slow, i, i, None, alpha, SWAP, T)
+            rest = tl.arange(0, BLOCK // 2)
+            for start in range(whole, count, BLOCK // 2):
+                i = begin + start + rest
+                slow_block(p, slow, i, i, start + rest < count, alpha, SWAP, T)

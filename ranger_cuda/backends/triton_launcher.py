@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..tensors import is_capturing
-from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words, word
+from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words
 
 if TYPE_CHECKING:
     from ..hyperparameters import Hyperparameters
@@ -66,12 +66,11 @@ class TritonLauncher:
         """Count a step for the rows that move, and run the rule on them."""
         tables = self._tables
         assert tables is not None
-        gradients = roster.gradients(self._index)
-        told = [word(gradients[row]) for row in tables.order]
-        told += signal_words(signals) + group_words(hypers, signals.lr)
+        roster.gradients(self._index, tables.gradients)
+        words = signal_words(signals) + group_words(hypers, signals.lr)
         with on_device(self._device):
             tables.keep(self._captured)
-            tables.launch(told)
+            tables.launch(words)
 
     def swap(self, roster: Any) -> None:
         """Parameters and slow weights of the pairs change places: all, or none if it fails."""

@@ -122,7 +122,7 @@ class DeviceTables:
         kernels = load_kernels()
         words_told = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
         told = np.zeros(len(rows) + words_told, dtype=np.int64)
-        scalars = np.zeros((len(rows), 11), dtype=np.int64)
+        scalars = np.zeros((len(rows), kernels.SCALAR_WORDS.value), dtype=np.int64)
         arrays = (records, scalars, table, told)
         self._tables = Tables(*(self._to_device(array) for array in arrays))
         self.launches = []
@@ -131,7 +131,8 @@ class DeviceTables:
             begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
             if end > begin:
                 self.launches.append(Launch(DTYPES[kind[0]], kind[1], begin, end - begin))
-        self._told: list[int] = []
+        self.gradients = np.zeros(len(rows), dtype=np.int64)  # addresses, in the order of ``rows``
+        self._told = told
         self._host: Tensor | None = None
         self._capturing = False
         self._try_out(tried)
@@ -171,9 +172,13 @@ class DeviceTables:
             else torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
         )
 
-    def launch(self, told: list[int]) -> None:
-        """Count a step of what moves, and run the rule on it. Nothing waits for the device."""
-        tables = self._tables._replace(told=self._tell(told))
+    def launch(self, words: Sequence[int]) -> None:
+        """Count a step of what moves, and run the rule on it. Nothing waits for the device.
+
+        Args:
+            words: what the schedule kernel is told besides the addresses in ``gradients``.
+        """
+        tables = self._tables._replace(told=self._tell(words))
         self._count_steps(tables, len(self.order))
         for launch in self.launches:
             self._run_rule(launch, tables)
@@ -193,18 +198,18 @@ class DeviceTables:
             for table in (*self._tables, self.layouts):
                 table.record_stream(stream)
 
-    def _tell(self, told: list[int]) -> Tensor:
-        """These words on the device.
+    def _tell(self, words: Sequence[int]) -> Tensor:
+        """The gradients' addresses, and these words, on the device.
 
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
         host, self._host = self._host, None
+        told = np.concatenate([self.gradients[self.order], np.array(words, dtype=np.int64)])
         if host is None:
-            return write_words(told, self.device)
-        if self._told != told:
-            host.numpy()[:] = told
+            return write_words(told.tolist(), self.device)
+        if not np.array_equal(self._told, told):
+            host.numpy()[:] = self._told = told
             self._tables.told.copy_(host, non_blocking=True)
-            self._told = told
         return self._tables.told
 
     def _count_steps(self, tables: Tables, count: int) -> None:
@@ -224,7 +229,7 @@ class DeviceTables:
             return
         kernels = load_kernels()
         kernels.radam_kernel[(launch.chunks,)](
-            *tables, launch.first_chunk, **options(kernels, launch)
+            *tables[:3], launch.first_chunk, **options(kernels, launch)
         )
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:

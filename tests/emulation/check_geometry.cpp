@@ -1,7 +1,7 @@
 // Makes the launches of a model that fits no memory here, and checks that they take each chunk of
-// each row once, as the kernels do. In: the device, how many gradients a launch takes, and then for
-// each tensor its elements, group, device, whether it is float64, and whether it is strided. Out: a
-// summary as JSON; or what is wrong, and exit status 1.
+// each row once, as the kernels do. In: the device, the largest tier of a schedule's arguments, and
+// then for each tensor its elements, group, device, whether it is float64, and whether it is
+// strided. Out: a summary as JSON; or what is wrong, and exit status 1.
 #include <cstdint>
 #include <iostream>
 #include <stdexcept>
@@ -41,8 +41,6 @@ class Coverage {
 
   void take(const Launch& launch, int64_t block) {
     const ChunkRef& chunk = geometry_.chunks.at(launch.first_chunk + block);
-    const int64_t slot = chunk.row - launch.first_row;
-    require(slot >= 0 && slot < launch.row_count, "a chunk of another launch's row");
     const TensorRow& row = rows_[geometry_.order.at(chunk.row)];
     require(row.dtype == launch.dtype && is_strided(row) == launch.strided, "another kind of row");
     const Span span = span_of(chunk, row.numel);
@@ -73,23 +71,24 @@ void check_order(const std::vector<TensorRow>& rows, const Geometry& geometry, i
   }
 }
 
-void check_schedules(const std::vector<TensorRow>& rows, const Geometry& geometry) {
+void check_schedules(const std::vector<TensorRow>& rows, const Geometry& geometry, int32_t words) {
   int64_t next = 0;
   for (const ScheduleLaunch& launch : geometry.schedules) {
     require(launch.first_row == next && launch.row_count > 0, "a schedule left out or twice");
-    require(launch.row_count <= kScheduleRows, "too many rows for a schedule");
+    require(launch.group_count * kGroupWords + launch.row_count <= words, "too many arguments");
     next += launch.row_count;
     for (int64_t row = launch.first_row; row < next; ++row) {
       const int32_t group = rows[geometry.order.at(row)].group - launch.first_group;
-      require(group >= 0 && group < kScheduleGroups, "a group outside of the arguments");
+      require(group >= 0 && group < launch.group_count, "a group outside of the arguments");
     }
   }
   require(next == static_cast<int64_t>(geometry.order.size()), "a row without a schedule");
 }
 
 void run() {
-  int32_t device, capacity;
-  require(static_cast<bool>(std::cin >> device >> capacity), "no device and capacity");
+  int32_t device, tier;
+  require(static_cast<bool>(std::cin >> device >> tier), "no device and tier");
+  const int32_t words = kScheduleTiers[tier];
   std::vector<TensorRow> rows;
   TensorRow row;
   bool is_float64, strided;
@@ -101,20 +100,13 @@ void run() {
     row.layout = strided ? layout : nullptr;
     rows.push_back(row);
   }
-  const Geometry geometry = make_geometry(rows, device, capacity);
+  const Geometry geometry = make_geometry(rows, device, words);
   check_order(rows, geometry, device);
-  check_schedules(rows, geometry);
-  Coverage coverage(rows, geometry);
-  coverage.take(geometry.steps);
-  coverage.take(geometry.passes);
-  for (const Launch& launch : geometry.steps) {
-    const int32_t most = launch.strided ? kGradTiers[kStridedTier] : capacity;
-    require(launch.row_count <= most, "more gradients than a launch takes");
-  }
+  check_schedules(rows, geometry, words);
+  Coverage(rows, geometry).take(geometry.launches);
   std::cout << "{\"rows\": " << geometry.order.size() << ", \"chunks\": " << geometry.chunks.size()
             << ", \"schedules\": " << geometry.schedules.size()
-            << ", \"steps\": " << geometry.steps.size()
-            << ", \"passes\": " << geometry.passes.size() << "}\n";
+            << ", \"launches\": " << geometry.launches.size() << "}\n";
 }
 
 }  // namespace

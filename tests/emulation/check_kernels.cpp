@@ -171,7 +171,8 @@ class Check {
 
   void add_row() {
     TensorRow row;
-    row.launcher = case_.mixed && random_.one_in(4) ? static_cast<int32_t>(random_.below(3)) - 1 : 0;
+    row.launcher =
+        case_.mixed && random_.one_in(4) ? static_cast<int32_t>(random_.below(3)) - 1 : 0;
     row.group = static_cast<int32_t>(random_.below(case_.groups));
     row.dtype = case_.mixed && random_.one_in(3) ? DType::kFloat64 : DType::kFloat32;
     const bool strided = random_.below(3) < case_.strided;
@@ -423,13 +424,14 @@ class Check {
   double norm_ = 0.0;
 };
 
-// More rows than any launch takes, one group more than a schedule does, and of all kinds.
+// Rows of all kinds, and arguments of each size: more groups, and more rows, than a schedule takes,
+// and a few words more than fit the smallest.
 constexpr Case kCases[] = {
     {"kinds", 60, 4, 20, true, 1, 5 * cuda::kChunkSize},
-    {"groups", 200, cuda::kScheduleGroups + 1, 15, true, 1, cuda::kChunkSize},
-    {"launches", 540, 2, 15, false, 0, 20},
-    {"strided launches", 500, 2, 3, false, 3, 0},
-    {"schedules", cuda::kScheduleRows + 100, 2, 3, false, 0, 1},
+    {"few", 44, 1, 15, false, 1, 2 * cuda::kChunkSize},
+    {"groups", 600, 400, 5, true, 1, 20},
+    {"rows", 4200, 2, 3, false, 0, 1},
+    {"strided", 100, 2, 3, false, 3, 0},
 };
 constexpr Case kBriefCases[] = {{"brief", 40, 35, 15, true, 1, 3 * cuda::kChunkSize}};
 

@@ -35,11 +35,11 @@ class DeviceMemory {
 };
 
 inline void keep_while_captured(void*, const std::shared_ptr<const void>&) {}
-// RANGER_CUDA_CAPACITY: a launch may take fewer gradients than a real one, so that a few make many.
-#if !defined(RANGER_CUDA_CAPACITY)
-#define RANGER_CUDA_CAPACITY kGradTiers[1]
+// RANGER_CUDA_TIER: a launch may take fewer gradients than a real one, so that a few make many.
+#if !defined(RANGER_CUDA_TIER)
+#define RANGER_CUDA_TIER kTierOf4KiB
 #endif
-inline int32_t grad_capacity() { return RANGER_CUDA_CAPACITY; }
+inline int32_t largest_tier() { return RANGER_CUDA_TIER; }
 
 class Barrier {
  public:
