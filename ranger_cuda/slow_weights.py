@@ -34,6 +34,22 @@ class SlowWeights:
         """
         return _Evaluation(self)
 
+    def reset_slow_weights(self) -> None:
+        """Let every slow weight be its parameter as it is now.
+
+        For weights that were loaded or rolled back without this optimizer's state: the next sync
+        would pull half-way back to those of before. (After ``load_state_dict`` there is nothing to
+        reset, nor before the first step with ``lr`` above 0, unless ``lr`` is a tensor on an
+        accelerator.) The slow weights are written in place; step counts and cycles stay.
+
+        Raises:
+            RuntimeError: the slow weights are swapped in, or a slow weight does not fit its
+                parameter. Nothing has been changed then.
+        """
+        self._check_ready("reset_slow_weights()")
+        with self._dispatcher.alone(), Deferred():
+            self._dispatcher.reset_slow_weights(self.param_groups, self.state)
+
     def _check_ready(self, call: str) -> None:
         if self._slow_weights_are_in:
             raise RuntimeError(

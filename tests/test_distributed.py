@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import traceback
 
@@ -217,6 +218,44 @@ def empty_state(rank, folder):
             assert (loaded.state[p]["slow_param"] == 2.0).all()
 
 
+def loaded_later(rank, folder):
+    """Weights may be loaded after torch.distributed.checkpoint has filled the optimizer's state, or
+    before, or in mid-run: the slow weights are those of the weights that are trained."""
+    trained = sharded()
+    with torch.no_grad():
+        for param in trained.parameters():
+            param.mul_(-3)
+    dcp.save({"model": trained.state_dict()}, checkpoint_id=folder)
+
+    def load(model):
+        saved = {"model": model.state_dict()}
+        dcp.load(saved, checkpoint_id=folder)
+        model.load_state_dict(saved["model"])
+
+    for build, is_first in itertools.product(BUILDS, (False, True)):
+        model, single = sharded(), Awkward()
+        optimizer, reference = build(model.parameters()), build(single.parameters())
+        load(single)
+        get_optimizer_state_dict(single, reference)
+        if is_first:
+            load(model)
+        get_optimizer_state_dict(model, optimizer)
+        load(model)
+        for step in range(8):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+            assert_same_run(model, optimizer, single, reference, f"{is_first=}, step {step}")
+
+        for each, its in ((model, optimizer), (single, reference)):
+            load(each)
+            its.reset_slow_weights()
+        for p, q in zip(model.parameters(), trained.parameters(), strict=True):
+            assert_same_bits(full(optimizer.state[p]["slow_param"]), full(q), "reset")
+        train(model, optimizer, range(8, 13))
+        train(single, reference, range(8, 13))
+        assert_same_run(model, optimizer, single, reference, "loaded in mid-run")
+
+
 def zero(rank, folder):
     """ZeroRedundancyOptimizer deals whole parameters out to ranks."""
     model, single = Awkward(), Awkward()
@@ -261,7 +300,7 @@ def moving(rank, folder):
 
 CHECKS = {
     check.__name__: check
-    for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, zero, moving)
+    for check in (ddp, fsdp2, mixed, clipping, resharding, empty_state, loaded_later, zero, moving)
 }
 
 
