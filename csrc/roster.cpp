@@ -24,73 +24,6 @@ constexpr size_t kStoragesAhead = 2;
 
 constexpr int kMostPasses = 10;
 
-// Borrowed names, made once and never freed.
-PyObject* interned(const char* name) {
-  PyObject* string = PyUnicode_InternFromString(name);
-  if (string == nullptr) throw py::error_already_set();
-  return string;
-}
-
-PyObject* checked(PyObject* object) {
-  if (object == nullptr) throw py::error_already_set();
-  return object;
-}
-
-py::object take(PyObject* owned) { return py::reinterpret_steal<py::object>(checked(owned)); }
-
-PyObject* torch_attribute(const char* module, const char* name) {
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
-
-PyTypeObject* tensor_type() {
-  static PyObject* const type = torch_attribute("torch", "Tensor");
-  return reinterpret_cast<PyTypeObject*>(type);
-}
-
-PyTypeObject* parameter_type() {
-  static PyObject* const type = torch_attribute("torch.nn", "Parameter");
-  return reinterpret_cast<PyTypeObject*>(type);
-}
-
-bool is_plain_type(PyObject* object) {
-  return Py_TYPE(object) == tensor_type() || Py_TYPE(object) == parameter_type();
-}
-
-// Most of a description's time is three waits for memory, one behind the other: for Python's
-// object, for torch's tensor, which one of the object's first words points to, and for its storage,
-// which one of the tensor's does. Which word it is of the object depends on torch's version: the
-// one behind which a tensor's sizes lie. None: -1.
-int tensor_word(const TensorExchange& exchange) {
-  const py::object tensor = py::module_::import("torch").attr("empty")(1);
-  DLTensor found;
-  if (Py_TYPE(tensor.ptr()) != tensor_type() || !exchange.describe(tensor.ptr(), &found)) return -1;
-  const auto* const words = reinterpret_cast<const uintptr_t*>(tensor.ptr() + 1);
-  const auto sizes = reinterpret_cast<uintptr_t>(found.shape);
-  for (int word = 0; word < 2; ++word) {
-    const auto end = static_cast<Py_ssize_t>(sizeof(PyObject) + (word + 1) * sizeof(void*));
-    if (end <= tensor_type()->tp_basicsize && words[word] < sizes && sizes < words[word] + 512) {
-      return word;
-    }
-  }
-  return -1;
-}
-
-const char* const* tensor_of(PyObject* object, int word) {
-  if (object == nullptr || word < 0 || !is_plain_type(object)) return nullptr;
-  return reinterpret_cast<const char* const* const*>(object + 1)[word];
-}
-
-void prefetch_tensor(PyObject* object, int word) {
-  const char* const* const tensor = tensor_of(object, word);
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(tensor + 8 * line);
-}
-
-void prefetch_storage(PyObject* object, int word) {
-  const char* const* const tensor = tensor_of(object, word);
-  if (tensor == nullptr) return;
-  for (int i = 2; i < 4; ++i) __builtin_prefetch(tensor[i]);  // behind vtable and counts
-}
-
 // What code that runs meanwhile does not change.
 py::object as_tuple(PyObject* object) { return take(PySequence_Tuple(object)); }
 
@@ -98,55 +31,6 @@ py::object as_tuple(PyObject* object) { return take(PySequence_Tuple(object)); }
 py::object as_array(PyObject* object, const char* what) {
   PyObject* array = PySequence_Fast(object, what);
   return py::reinterpret_steal<py::object>(checked(array));
-}
-
-// The getter behind an attribute of tensors, for types that do not replace it: half the time of a
-// look-up.
-PyGetSetDescrObject* getter_of(const char* attribute) {
-  PyObject* const descriptor =
-      py::object(py::handle(reinterpret_cast<PyObject*>(tensor_type())).attr(attribute))
-          .release()
-          .ptr();
-  return Py_TYPE(descriptor) == &PyGetSetDescr_Type
-             ? reinterpret_cast<PyGetSetDescrObject*>(descriptor)
-             : nullptr;
-}
-
-// Whether a tensor stands for the negative of its memory, which DLPack does not tell. Torch lets
-// other threads run while it answers.
-bool is_negated(PyObject* tensor) {
-  static PyObject* const name = interned("is_neg");
-  return take(PyObject_CallMethodNoArgs(tensor, name)).ptr() == Py_True;
-}
-
-// False for tensors that need not be asked: one that is negated is the imaginary part of a complex
-// one. No two of its elements are neighbours, and a single one starts at an odd multiple of its
-// size.
-bool may_be_negated(const DLTensor& described) {
-  const uintptr_t item = described.dtype.bits / 8;
-  bool is_single = true;
-  for (int32_t dim = 0; dim < described.ndim; ++dim) {
-    if (described.shape[dim] == 1) continue;
-    if (described.strides[dim] == 1) return false;
-    is_single = false;
-  }
-  return !is_single || reinterpret_cast<uintptr_t>(data_of(described)) % (2 * item) == item;
-}
-
-// Whether there may be no memory behind a description. That of a storage that was given back lies
-// at nullptr, so the address is then the tensor's offset in it: below all that a storage can hold.
-bool may_be_unallocated(const DLTensor& described) {
-  constexpr uintptr_t kLargestStorage = uintptr_t{1} << 40;
-  return reinterpret_cast<uintptr_t>(data_of(described)) < kLargestStorage;
-}
-
-// For these; where memory really is as low as that, the offset tells.
-bool is_unallocated(PyObject* tensor, const DLTensor& described) {
-  static PyObject* const name = interned("storage_offset");
-  const auto address = reinterpret_cast<uintptr_t>(data_of(described));
-  if (address == 0) return true;
-  const py::object offset = take(PyObject_CallMethodNoArgs(tensor, name));
-  return offset.cast<uintptr_t>() * (described.dtype.bits / 8) == address;
 }
 
 bool is_count(float value) {
@@ -203,7 +87,7 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)),
-      word_(tensor_word(exchange_)) {
+      prefetch_(exchange_) {
   if (!PyType_Check(dtensor_.ptr()) ||
       !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(dtensor_.ptr()), tensor_type())) {
     throw py::type_error("dtensor must be a type of tensors");
@@ -223,7 +107,7 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
 void Roster::serve(const py::object& tensor, int32_t launcher) {
   DLTensor found;
   const void* cleared = nullptr;
-  if (launcher < 0 || !look(tensor.ptr(), &cleared, &found) || !dtype_of(found)) {
+  if (launcher < 0 || !reads(tensor.ptr(), &cleared, &found) || !dtype_of(found)) {
     throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
   }
   kinds_.push_back({found.device, found.dtype, launcher});
@@ -271,10 +155,10 @@ py::list Roster::describe_all() {
         for (PyObject* item : movers_[i + kObjectsAhead].items) __builtin_prefetch(item);
       }
       if (i + kTensorsAhead < movers_.size()) {
-        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_tensor(item, word_);
+        for (PyObject* item : movers_[i + kTensorsAhead].items) prefetch_.tensor(item);
       }
       if (i + kStoragesAhead < movers_.size()) {
-        for (PyObject* item : movers_[i + kStoragesAhead].items) prefetch_storage(item, word_);
+        for (PyObject* item : movers_[i + kStoragesAhead].items) prefetch_.storage(item);
       }
       const Outcome outcome = describe(movers_[i]);
       if (outcome == Outcome::kRow) continue;
@@ -295,15 +179,12 @@ py::list Roster::describe_all() {
 // Aliases in place of the tensors, before anything is described: they keep the memory that they
 // were made of, whatever the tensors are given.
 void Roster::hold_memory() {
-  static PyGetSetDescrObject* const alias = getter_of("data");
-  static PyObject* const kName = interned("data");
+  static const Attribute alias("data");
   for (Mover& mover : movers_) {
     find_shards(mover);
     for (PyObject*& item : mover.items) {
       if (item == nullptr) continue;
-      PyObject* const held = is_plain_type(item) && alias != nullptr
-                                 ? alias->d_getset->get(item, alias->d_getset->closure)
-                                 : PyObject_GetAttr(item, kName);
+      PyObject* const held = alias.of(item, is_plain_type(item));
       if (held != nullptr) {
         item = held_.keep_new(held);
       } else if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
@@ -379,7 +260,7 @@ void Roster::find_movers(const py::object& moved) {
   for (size_t position = 0; position < members_.size(); ++position) {
     const Member member = members_[position];
     if (reads_gradients_ && position + kTensorsAhead < members_.size()) {
-      prefetch_tensor(members_[position + kTensorsAhead].param, word_);
+      prefetch_.tensor(members_[position + kTensorsAhead].param);
     }
     if (member.again) continue;
     Mover mover = {static_cast<int32_t>(position), member.param, {}, {}, {}, false};
@@ -400,13 +281,8 @@ void Roster::find_movers(const py::object& moved) {
 }
 
 PyObject* Roster::gradient_of(PyObject* param) {
-  static PyObject* const kName = interned("grad");
-  static PyGetSetDescrObject* const getter = getter_of("grad");
-  const bool usual =
-      is_plain_type(param) || reinterpret_cast<PyObject*>(Py_TYPE(param)) == dtensor_.ptr();
-  PyObject* const gradient =
-      checked(usual && getter != nullptr ? getter->d_getset->get(param, getter->d_getset->closure)
-                                         : PyObject_GetAttr(param, kName));
+  static const Attribute grad("grad");
+  PyObject* const gradient = checked(grad.of(param, is_plain_type(param) || is_dtensor(param)));
   held_.keep_new(gradient);
   return gradient == Py_None ? nullptr : gradient;
 }
@@ -476,18 +352,14 @@ void Roster::find_items(PyObject* state, Mover& mover) {
 
 // What DLPack does not tell is asked of the tensor, which may let other code run: once for the
 // memory that it has, `cleared`.
-bool Roster::look(PyObject* tensor, const void** cleared, DLTensor* found) {
+bool Roster::reads(PyObject* tensor, const void** cleared, DLTensor* found) {
   if (!exchange_.describe(tensor, found)) return false;
-  if (found->dtype.code != kDLFloat || found->dtype.lanes != 1) return false;
-  if (count_elements(shape_of(*found)) == 0) return true;
-  if (data_of(*found) == *cleared && *cleared != nullptr) return true;
-  const bool low = may_be_unallocated(*found);
-  const bool lazy = may_be_negated(*found);
-  if (low || lazy) {
-    python_ran_ = true;
-    if ((low && is_unallocated(tensor, *found)) || (lazy && is_negated(tensor))) return false;
-    if (!exchange_.describe(tensor, found)) return false;
+  const Look seen = look(*found);
+  if (seen != Look::kAsk || (*cleared != nullptr && *cleared == data_of(*found))) {
+    return seen != Look::kNo;
   }
+  python_ran_ = true;
+  if (!ask(tensor, *found) || !exchange_.describe(tensor, found)) return false;
   *cleared = data_of(*found);
   return true;
 }
@@ -512,14 +384,23 @@ bool Roster::resolve(Mover& mover, int item) {
   return true;
 }
 
-// In place of DTensors their shards, but for those still on their way. A gradient's may be laid out
-// otherwise than its parameter's.
+// In place of DTensors their shards, but for those still on their way. A gradient's only where it
+// is laid out as its parameter's is for sure.
 void Roster::find_shards(Mover& mover) {
   static PyObject* const kLocal = interned("_local_tensor");
+  static PyObject* const kSpec = interned("_spec");
   for (int item = 0; item < kItems; ++item) {
     PyObject* const whole = mover.items[item];
-    if (whole == nullptr || item == kGrad || is_plain_type(whole)) continue;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(whole)) != dtensor_.ptr()) continue;
+    if (whole == nullptr || !is_dtensor(whole)) continue;
+    if (item == kGrad) {
+      if (!is_dtensor(mover.param)) continue;
+      const auto its = py::reinterpret_steal<py::object>(PyObject_GetAttr(whole, kSpec));
+      const auto of_param = py::reinterpret_steal<py::object>(PyObject_GetAttr(mover.param, kSpec));
+      if (!its || !its.is(of_param)) {
+        PyErr_Clear();
+        continue;
+      }
+    }
     PyObject* const shard = PyObject_GetAttr(whole, kLocal);
     if (shard == nullptr) {
       PyErr_Clear();
@@ -534,7 +415,7 @@ bool Roster::look_at_all(Mover& mover, Described& found) {
   find_shards(mover);
   for (int item = 0; item < kItems; ++item) {
     if (mover.items[item] == nullptr) continue;
-    const bool seen = look(mover.items[item], &mover.cleared[item], &found[item]) &&
+    const bool seen = reads(mover.items[item], &mover.cleared[item], &found[item]) &&
                       (item != kGrad || fits(found[kParam], found[kGrad]));
     if (seen) continue;
     if (mover.is_resolved[item] || !resolve(mover, item)) return false;
@@ -609,107 +490,16 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
 
 // In parallel, kernels would race for it: such parameters move one after the other, in Python.
 void Roster::settle_shared_memory(py::list& rest) {
-  if (!may_share_memory()) return;
-  for (int32_t position : sharing_memory(spans_of_movers())) {
+  if (!written_.may_be_shared(rows_, reads_gradients_)) return;
+  for (int32_t position : sharing_memory(active_spans(rows_, reads_gradients_))) {
     rows_.rows[position].active = false;
     rest.append(py::make_tuple(position, true));
   }
 }
 
-void Roster::append_spans(const TensorRow& row, int32_t position, bool gradient,
-                          std::vector<Span>& spans) const {
-  const auto append = [&](const void* data, int64_t bytes, bool written) {
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    if (data != nullptr && bytes > 0) {
-      spans.push_back({begin, begin + static_cast<uintptr_t>(bytes), position, written});
-    }
-  };
-  for (int stream = 0; stream < kStreams; ++stream) {
-    if (stream == kGrad && !gradient) continue;
-    const int64_t bytes = extent(row, static_cast<Stream>(stream)) * item_size(row.dtype);
-    append(row.data[stream], bytes, stream != kGrad);
-  }
-  append(row.step, sizeof(float), true);
-}
-
-// False only if no row that moves writes to what another one, or itself, reads or writes otherwise.
-// Resting rows are taken where they lay last, which can only raise a suspicion.
-bool Roster::may_share_memory() {
-  if (written_version_ != rows_.version) {
-    std::vector<Span> spans;
-    for (const TensorRow& row : rows_.rows) append_spans(row, 0, false, spans);
-    written_.clear();
-    for (const Span& span : spans) written_.emplace_back(span.begin, span.end);
-    std::sort(written_.begin(), written_.end());
-    written_overlaps_ = false;
-    for (size_t i = 1; i < written_.size(); ++i) {
-      written_overlaps_ = written_overlaps_ || written_[i].first < written_[i - 1].second;
-    }
-    written_version_ = rows_.version;
-  }
-  if (written_overlaps_) return true;
-  if (!reads_gradients_ || written_.empty()) return false;
-  for (const Mover& mover : movers_) {
-    const TensorRow& row = rows_.rows[mover.position];
-    if (!row.active || row.numel == 0) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(row.data[kGrad]);
-    const uintptr_t end = begin + static_cast<uintptr_t>(extent(row, kGrad) * item_size(row.dtype));
-    // The last that begins before the gradient's end, without a branch to predict.
-    const std::pair<uintptr_t, uintptr_t>* first = written_.data();
-    for (size_t count = written_.size(); count > 1;) {
-      const size_t half = count / 2;
-      first += first[half].first < end ? half : 0;
-      count -= half;
-    }
-    if (first->first < end && begin < first->second) return true;
-  }
-  return false;
-}
-
-std::vector<Roster::Span> Roster::spans_of_movers() const {
-  std::vector<Span> spans;
-  for (const Mover& mover : movers_) {
-    const TensorRow& row = rows_.rows[mover.position];
-    if (row.active) append_spans(row, mover.position, reads_gradients_, spans);
-  }
-  return spans;
-}
-
-// The rows of which some span overlaps another that is written. A position of -1 is no row.
-std::vector<int32_t> Roster::sharing_memory(std::vector<Span> spans) const {
-  std::sort(spans.begin(), spans.end(),
-            [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  std::vector<bool> shares(rows_.rows.size() + 1);  // the last one: of no row
-  const auto mark = [&](const Span& span) {
-    shares[span.position < 0 ? rows_.rows.size() : span.position] = true;
-  };
-  // Of the spans so far, those that reach beyond the begin of the next one.
-  std::vector<const Span*> written;
-  std::vector<const Span*> read;
-  const auto meet = [&](std::vector<const Span*>& before, const Span& span) {
-    const auto ended = [&](const Span* other) { return other->end <= span.begin; };
-    before.erase(std::remove_if(before.begin(), before.end(), ended), before.end());
-    for (const Span* other : before) {
-      if (other->position < 0 && span.position < 0) continue;
-      mark(*other);
-      mark(span);
-    }
-  };
-  for (const Span& span : spans) {
-    meet(written, span);
-    if (span.written) meet(read, span);
-    (span.written ? written : read).push_back(&span);
-  }
-  std::vector<int32_t> positions;
-  for (size_t i = 0; i < rows_.rows.size(); ++i) {
-    if (shares[i]) positions.push_back(static_cast<int32_t>(i));
-  }
-  return positions;
-}
-
 py::list Roster::leave_out(const py::sequence& tensors) {
   const Use use(*this);
-  std::vector<Span> spans = spans_of_movers();
+  std::vector<Span> spans = active_spans(rows_, reads_gradients_);
   const size_t its = spans.size();
   for (py::handle tensor : tensors) {
     DLTensor found;
@@ -722,7 +512,7 @@ py::list Roster::leave_out(const py::sequence& tensors) {
     }
     const auto begin = reinterpret_cast<uintptr_t>(data_of(found));
     const auto bytes = static_cast<uintptr_t>((last + 1) * found.dtype.bits / 8);
-    spans.push_back({begin, begin + bytes, -1, true});
+    spans.push_back({begin, begin + bytes, kNoRow, true});
   }
   py::list left;
   if (its == 0 || its == spans.size()) return left;
@@ -757,13 +547,13 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
   for (Mover& mover : movers_) {
     Described found;
     const auto sees = [&](Stream stream) {
-      return look(mover.items[stream], &mover.cleared[stream], &found[stream]);
+      return reads(mover.items[stream], &mover.cleared[stream], &found[stream]);
     };
     const bool is_row = sees(kParam) && sees(kSlowParam) && enter(mover, found) == Outcome::kRow;
     if (!is_row) rest.append(mover.position);
   }
-  if (may_share_memory()) {
-    for (int32_t position : sharing_memory(spans_of_movers())) {
+  if (written_.may_be_shared(rows_, false)) {
+    for (int32_t position : sharing_memory(active_spans(rows_, false))) {
       rows_.rows[position] = TensorRow();
       rest.append(position);
     }

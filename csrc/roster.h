@@ -9,8 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "python_tensors.h"
 #include "rows.h"
-#include "tensor_exchange.h"
+#include "shared_memory.h"
 
 namespace ranger {
 
@@ -122,12 +123,6 @@ class Roster {
   };
   enum class Outcome { kRow, kNeedsPython, kSharesMemory };
   using Described = std::array<DLTensor, kItems>;
-  struct Span {
-    uintptr_t begin;
-    uintptr_t end;
-    int32_t position;
-    bool written;
-  };
 
   void enlist(const pybind11::sequence& param_groups);
   void find_movers(const pybind11::object& moved);
@@ -141,24 +136,22 @@ class Roster {
   void hold_memory();
   void forget();
   void find_shards(Mover& mover);
-  bool look(PyObject* tensor, const void** cleared, DLTensor* found);
+  bool is_dtensor(PyObject* tensor) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == dtensor_.ptr();
+  }
+  bool reads(PyObject* tensor, const void** cleared, DLTensor* found);
   bool fits(const DLTensor& param, const DLTensor& tensor) const;
   bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);
   int32_t launcher_of(const DLTensor& tensor) const;
   void settle_shared_memory(pybind11::list& rest);
-  void append_spans(const TensorRow& row, int32_t position, bool gradient,
-                    std::vector<Span>& spans) const;
-  std::vector<Span> spans_of_movers() const;
-  std::vector<int32_t> sharing_memory(std::vector<Span> spans) const;
-  bool may_share_memory();
 
   TensorExchange exchange_;
   std::array<pybind11::object, kStateNames> names_;  // kExpAvg, kExpAvgSq, kSlowParam, kStep
   pybind11::object dtensor_;
   pybind11::object plain_;
   pybind11::object plain_grad_;
-  const int word_;  // of Python's object of a tensor, which points to torch's
+  const Prefetcher prefetch_;
   std::vector<Kind> kinds_;
 
   // From step to step, to compare with.
@@ -166,9 +159,7 @@ class Roster {
   std::vector<StateEntry> state_entries_;
   int32_t group_count_ = 0;
   Rows rows_;
-  std::vector<std::pair<uintptr_t, uintptr_t>> written_;  // the memory of all rows, in order
-  int64_t written_version_ = -1;
-  bool written_overlaps_ = false;
+  WrittenMemory written_;
 
   // The step under way.
   Held held_;

@@ -4,19 +4,29 @@ parameter's dtype, which would make float32 moments and slow weights of a bfloat
 
 from __future__ import annotations
 
+import copy
 import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from . import hyperparameters
-from .tensors import is_count, local, state_dtype
+from .tensors import DTensor, check_allocated, is_count, local, shown, state_dtype
 
+COUNTS = ("step", "lookahead_step")
 # State of the parameter's shape: its precision is the parameter's, or its own.
 MOMENTS = ("exp_avg", "exp_avg_sq", "slow_param")
 MASTERS = {"residual": torch.int16, "master": torch.float32}
+MASTER_OF = {torch.bfloat16: "residual", torch.float16: "master"}
+LOOKAHEAD = ("slow_param", "lookahead_step")
+# Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
+FOREIGN_KEYS = ("amsgrad", "momentum_decay", "N_sma_threshhold")
 
 
 class Shielded:
@@ -26,82 +36,240 @@ class Shielded:
         self.state = state
 
 
-def shield_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def shield_state(
+    optimizer: Optimizer, state_dict: dict[str, Any], *, names: Sequence[str], strict: bool
+) -> dict[str, Any]:
     """A load_state_dict pre-hook: check what is to be loaded and shield it from the cast.
+
+    Args:
+        names: of the state that each parameter has, without masters.
+        strict: whether what the optimizer does not know is an error.
 
     Raises:
         ValueError: a hyperparameter is out of range, or a parameter's state is not one of RAdam,
-            Ranger or Adam, or is for another shape. Nothing has been changed then.
+            Ranger or Adam, or is for another parameter.
+        RuntimeError: a state has no memory. Nothing has been changed in either case.
     """
-    params: dict[Any, Tensor] = {}
+    params = parameters(state_dict, optimizer.param_groups)
+    foreign = []
+    groups = []
     for i, (saved, group) in enumerate(
-        zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+        zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
-        params.update(zip(saved["params"], group["params"], strict=False))
-        try:
-            hyperparameters.check(
-                {**optimizer.defaults, **group, **saved}, lookahead="k" in optimizer.defaults
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
-    state = {}
+        saved = dict(saved)
+        lookahead = "lookahead_k" in optimizer.defaults
+        if lookahead:
+            hyperparameters.rename_lookahead(saved)
+        with naming(i):
+            saved = hyperparameters.with_whole_period(saved)
+            hyperparameters.check({**optimizer.defaults, **group, **saved}, lookahead=lookahead)
+        keys = [key for key in FOREIGN_KEYS if not any(saved.get(key) is x for x in (None, False))]
+        foreign += [f"{key!r} of group {i}" for key in keys]
+        groups.append({key: value for key, value in saved.items() if key not in keys})
+
+    state: dict[Any, Any] = {}
     for key, value in state_dict["state"].items():
-        if key in params and isinstance(value, dict):
-            _check(value, params[key], key)
-            value = Shielded(value)
-        state[key] = value
-    return {**state_dict, "state": state}
-
-
-def _check(state: dict[str, Any], param: Tensor, key: Any) -> None:
-    lacking = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in state]
-    if state and lacking:
-        raise ValueError(
-            f"loaded state dict: the state of parameter {key} has {sorted(state)} but no "
-            f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
+        if key not in params:
+            if has_tensors(value):
+                foreign.append(f"the state of {key!r}, which no group names")
+            else:
+                state[key] = copy.deepcopy(value)
+            continue
+        lacking = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in value]
+        if lacking and any(name in value for name in (*names, *MASTERS)):
+            raise ValueError(
+                f"loaded state dict: the state of parameter {key} has {list(value)} but no "
+                f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
+            )
+        kept = {}
+        for name, item in value.items():
+            if name in names or name == MASTER_OF.get(params[key].dtype):
+                check_value(name, item, params[key], key)
+            elif name in MASTERS or name in LOOKAHEAD:
+                continue  # of another precision, or of another kind of optimizer
+            elif isinstance(item, Tensor):
+                foreign.append(repr(name))
+                continue
+            kept[name] = item
+        state[key] = Shielded(kept)
+    who = type(optimizer).__name__
+    report(foreign, who, strict)
+    slow = any("slow_param" in state_dict["state"].get(key, ()) for key in params)
+    if slow and "slow_param" not in names:
+        warnings.warn(
+            f"loaded state dict: 'slow_param' was left out, as {who} has no slow weights; to go on "
+            "with them, load it into Ranger or Lookahead",
+            UserWarning,
+            stacklevel=2,
         )
-    check_values(state, param, key)
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def check_values(state: dict[str, Any], param: Tensor, key: Any) -> None:
-    """Raise if a saved state is no step count, or of a parameter of another shape.
+def parameters(state_dict: Any, groups: Sequence[dict[str, Any]]) -> dict[Any, Tensor]:
+    """The parameters of an optimizer's groups by what a checkpoint calls them.
+
+    Raises:
+        ValueError: it is no checkpoint, or one of other groups or parameters.
+        RuntimeError: the memory of a tensor in it was given back.
+    """
+    check_kind(state_dict, dict, "it")
+    for path, value in tree_flatten_with_path(state_dict)[0]:
+        if isinstance(value, Tensor):
+            check_allocated(local(value.detach()), f"loaded state dict: {keystr(path)}")
+    for name, kind in (("state", dict), ("param_groups", (list, tuple))):
+        check_kind(state_dict.get(name), kind, repr(name))
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"loaded state dict: it has {len(saved_groups)} parameter groups, but the optimizer "
+            f"has {len(groups)}; make the optimizer with the groups of the one that was saved"
+        )
+    params: dict[Any, Tensor] = {}
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        where = f"parameter group {i}"
+        check_kind(saved, dict, where)
+        check_kind(saved.get("params"), (list, tuple), f"'params' of {where}")
+        names = saved.get("param_names")
+        check_kind(names, (list, tuple, type(None)), f"'param_names' of {where}")
+        for what, found in (("parameters", saved["params"]), ("names", names)):
+            if found is not None and len(found) != len(group["params"]):
+                raise ValueError(
+                    f"loaded state dict: {where} has {len(found)} {what}, but the optimizer's has "
+                    f"{len(group['params'])} parameters; load a checkpoint of the same model"
+                )
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            check_kind(key, (int, str), f"what {where} calls a parameter")
+            if params.setdefault(key, param) is not param:
+                raise ValueError(
+                    f"loaded state dict: two parameters are called {key!r}, the second in {where}; "
+                    "each needs a number of its own"
+                )
+    for key in params:
+        check_kind(state_dict["state"].get(key, {}), dict, f"the state of parameter {key}")
+    return params
+
+
+def check_kind(value: Any, kind: Any, what: str) -> None:
+    """Raise unless a part of a checkpoint is of the type that ``state_dict()`` gives it."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"loaded state dict: {what} is {shown(value)}; load what an optimizer's "
+            "state_dict() returned"
+        )
+
+
+@contextmanager
+def naming(i: int) -> Iterator[None]:
+    """Have errors say which group of the checkpoint is wrong."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loaded state dict, parameter group {i}: {error}") from error
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether a state is a tensor, or a dict that has one."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(each, Tensor) for each in values)
+
+
+def report(foreign: Sequence[str], who: str, strict: bool) -> None:
+    """Say what a checkpoint has that ``who`` cannot use: an error if ``strict``, or a warning.
+
+    Raises:
+        ValueError: there is such, and ``strict`` is set.
+    """
+    if not foreign:
+        return
+    what = ", ".join(dict.fromkeys(foreign))
+    if strict:
+        raise ValueError(
+            f"loaded state dict: {who} does not know {what}, and its meaning would be lost. Load a "
+            "checkpoint of the same kind of optimizer, rename it in a load_state_dict pre-hook, or "
+            "leave it out: load_state_dict(state_dict, strict=False)"
+        )
+    message = f"loaded state dict: left out {what}, which {who} does not know"
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
+    """Raise unless a saved value can be what ``name`` says of ``param``.
 
     Raises:
         ValueError: says which, what it is and what it should be.
     """
-    for name, value in state.items():
-        if name.endswith("step"):
-            if not is_count(value):
-                raise ValueError(
-                    f"loaded state dict: {name!r} of parameter {key} is {value!r}, but it counts "
-                    "steps: a whole number, at least 0"
-                )
-        elif name in MOMENTS or name in MASTERS:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {value!r}"
-            if shape != tuple(param.shape):
-                raise ValueError(
-                    f"loaded state dict: {name!r} of parameter {key} has shape {shape}, but the "
-                    f"parameter has shape {tuple(param.shape)}"
-                )
+    what = f"loaded state dict: {name!r} of parameter {key}"
+    if isinstance(value, Tensor) and (
+        value.layout != torch.strided or (value.is_meta and not param.is_meta)
+    ):
+        raise ValueError(
+            f"{what} is a {value.layout} tensor on {value.device}, but state is dense memory that "
+            "holds its values"
+        )
+    if name in COUNTS:
+        if not is_count(value):
+            raise ValueError(
+                f"{what} is {shown(value)}, but it counts steps: a whole number, at least 0"
+            )
+        return
+    shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {shown(value)}"
+    if shape != tuple(param.shape):
+        raise ValueError(
+            f"{what} has shape {shape}, but the parameter has shape {tuple(param.shape)}"
+        )
+    if name in MASTERS and not keeps_bits(value, MASTERS[name]):
+        raise ValueError(
+            f"{what} is {value.dtype}, but it is the bits of a {MASTERS[name]}, which no other "
+            "dtype keeps; save and load state without casting it"
+        )
+    kind = param.is_complex(), not param.is_complex()
+    if name in MOMENTS and (value.is_complex(), value.is_floating_point()) != kind:
+        raise ValueError(
+            f"{what} is {value.dtype}, but the parameter is {param.dtype}; real parameters have "
+            "floating-point state, and complex ones complex state"
+        )
+    if placement(value) != placement(param):
+        raise ValueError(
+            f"{what} is {placement(value)}, but the parameter is {placement(param)}; "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict reshards state"
+        )
 
 
-def restore_state(param: Tensor, saved: Shielded) -> dict[str, Any]:
-    """The state of ``param``: on its device, and each tensor in the precision it is kept in."""
-    # Names that were read from a file are not the interned ones, which are compared faster.
-    return {
-        sys.intern(str(name)): restore_value(param, name, value)
-        for name, value in saved.state.items()
-    }
+def keeps_bits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``value`` is ``dtype``, or integers that a hook has widened."""
+    if value.dtype == dtype or dtype.is_floating_point:
+        return value.dtype == dtype
+    value = local(value.detach())
+    return value.dtype in (torch.int32, torch.int64) and torch.equal(
+        value.to(dtype).to(value.dtype), value
+    )
 
 
-def restore_value(param: Tensor, name: str, value: Any) -> Any:
-    """One state value of ``param``, where and as it is kept."""
-    if name.endswith("step"):
+def placement(tensor: Tensor) -> Any:
+    """How a tensor is spread over ranks, comparable and in words."""
+    if not isinstance(tensor, DTensor):
+        return "a tensor of one rank"
+    return f"a DTensor, {tensor.placements} on {tensor.device_mesh}"
+
+
+def restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """The state of ``param``, in memory of its own: on its device, and each tensor in the precision
+    it is kept in."""
+    with torch.inference_mode(False):  # what is made in it could not be written outside
+        # Names that were read from a file are not the interned ones, which are compared faster.
+        return {
+            sys.intern(str(name)) if isinstance(name, str) else name: _restore(param, name, value)
+            for name, value in saved.items()
+        }
+
+
+def _restore(param: Tensor, name: str, value: Any) -> Any:
+    if name in COUNTS:
         return step_tensor(value)
-    if not isinstance(value, Tensor):
-        return value
-    dtype = state_dtype(param) if name in MOMENTS else MASTERS.get(name, value.dtype)
-    return value.to(param.device, dtype)
+    if name in MASTERS or name in MOMENTS:
+        dtype = MASTERS.get(name, state_dtype(param))
+        return value.detach().to(param.device, dtype, copy=True)
+    return copy.deepcopy(value)
 
 
 CPU = torch.device("cpu")

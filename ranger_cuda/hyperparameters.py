@@ -7,13 +7,17 @@ import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 from . import tensors
+from .tensors import shown
 
 WEIGHT_ROUNDINGS = ("exact", "nearest")
 STATE_DTYPES = (torch.float32,)
+# Groups do not know their parameters' dtypes: what float32 cannot hold is no hyperparameter.
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Hyperparameters(NamedTuple):
@@ -32,6 +36,16 @@ class Hyperparameters(NamedTuple):
     maximize: bool
 
 
+def rename_lookahead(group: dict[str, Any]) -> None:
+    """Give ``k`` and ``alpha``, as the constructor calls them, the names they have in a group.
+
+    There ``alpha`` alone may be another library's, which sets it to the smoothing of RMSprop.
+    """
+    for name in ("k", "alpha"):
+        if name in group and f"lookahead_{name}" not in group:
+            group[f"lookahead_{name}"] = group.pop(name)
+
+
 def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     """Read a parameter group. Nothing is checked here; see :func:`check`."""
     beta1, beta2 = group["betas"]
@@ -43,8 +57,8 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["eps"]),
         _number(group["weight_decay"]),
         _number(group["rho_threshold"]),
-        _number(group["alpha"]) if lookahead else 1.0,
-        operator.index(group["k"]) if lookahead else 0,
+        _number(group["lookahead_alpha"]) if lookahead else 1.0,
+        operator.index(group["lookahead_k"]) if lookahead else 0,
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
@@ -52,14 +66,23 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        raise TypeError(f"{value!r} is a string")
-    return float(value)
+    if type(value) is float:  # as most are
+        return value
+    tensors.check_allocated(value, "a hyperparameter")
+    is_bool = isinstance(value, (bool, numpy.bool_)) or (
+        isinstance(value, Tensor) and value.dtype == torch.bool
+    )
+    if is_bool or isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"{shown(value)} is no number")
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError) as error:  # a tensor's are RuntimeErrors
+        raise TypeError(f"{shown(value)} is no number: {error}") from error
 
 
 def _is_within(value: Any, least: float, most: float) -> bool:
     try:
-        return not isinstance(value, bool) and least <= _number(value) <= most
+        return least <= _number(value) <= most
     except (TypeError, ValueError):
         return False
 
@@ -69,7 +92,8 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
 
     Args:
         lookahead: whether the optimizer has slow weights. A group of one without may still have
-            ``k`` and ``alpha``, from a checkpoint of one with, and they mean nothing there.
+            ``lookahead_k`` and ``lookahead_alpha``, from a checkpoint of one with, and they mean
+            nothing there.
 
     Raises:
         ValueError: a value is out of range; the message has the value, the rule and a way out.
@@ -78,30 +102,37 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but its shape is {tuple(lr.shape)}")
+    if isinstance(lr, Tensor) and lr.is_meta:
+        raise TypeError(f"Tensor lr must be a number, but is on {lr.device} and has no value")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; give two numbers, like (0.95, 0.999)")
+        raise ValueError(f"Invalid betas: {shown(betas)}; give two numbers, like (0.95, 0.999)")
     check_max_grad_norm(group["max_grad_norm"])
     for name in ("decoupled_weight_decay", "maximize"):
         check_choice(name, group[name], (True, False))
     if lookahead:
-        check_lookahead(group["k"], group["alpha"])
+        check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
-        shown = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        raise TypeError(f"Every hyperparameter must be a number, in {shown}: {error}") from error
-    if not (tensors.on_accelerator(hyper.lr) or 0.0 <= hyper.lr < math.inf):
-        raise ValueError(f"Invalid learning rate: {lr}; it must be finite and at least 0")
+        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        raise TypeError(
+            f"Every hyperparameter must be a number, in {shown(rest)}: {error}"
+        ) from error
+    if not (tensors.on_accelerator(hyper.lr) or 0.0 <= hyper.lr <= LARGEST):
+        raise ValueError(
+            f"Invalid learning rate: {lr}; it must be finite in float32 and at least 0"
+        )
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(
                 f"Invalid beta parameter at index {i}: {betas[i]}; it must be in [0, 1)"
             )
     check_eps(hyper.eps)
-    if not (hyper.weight_decay >= 0.0 and math.isfinite(hyper.weight_decay)):
+    if not 0.0 <= hyper.weight_decay <= LARGEST:
         raise ValueError(
-            f"Invalid weight_decay value: {group['weight_decay']}; it must be finite and at least 0"
+            f"Invalid weight_decay value: {group['weight_decay']}; it must be finite in float32 "
+            "and at least 0"
         )
     if not hyper.rho_threshold >= 4.0:
         raise ValueError(
@@ -112,30 +143,44 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     return hyper
 
 
+def with_whole_period(group: dict[str, Any]) -> dict[str, Any]:
+    """A saved group whose Lookahead period is an int, if it is a whole number: other formats have
+    6.0, or a tensor, for 6."""
+    if "lookahead_k" not in group:
+        return group
+    k = group["lookahead_k"]
+    if isinstance(k, Tensor) and k.numel() == 1 and not k.is_meta:
+        k = k.item()
+    if isinstance(k, float) and k.is_integer():
+        k = int(k)
+    return {**group, "lookahead_k": k}
+
+
 def check_eps(eps: float) -> None:
     """Raise unless ``eps`` keeps a zero gradient from dividing by zero."""
     # Half of float32's smallest number and less rounds to 0, which is the same NaN as eps = 0.
-    if not (math.isfinite(eps) and eps > 2.0**-150):
+    if not 2.0**-150 < eps <= LARGEST:
         raise ValueError(
-            f"Invalid epsilon value: {eps}; it must be above 0 in float32: with 0, a parameter "
-            "whose gradient is exactly 0 becomes NaN. Use 1e-8 or more"
+            f"Invalid epsilon value: {eps}; it must be finite and above 0 in float32: with 0, a "
+            "parameter whose gradient is exactly 0 becomes NaN. Use 1e-8 or more"
         )
 
 
 def check_lookahead(k: Any, alpha: Any) -> None:
     """Raise unless ``k`` and ``alpha`` are a Lookahead period and interpolation factor."""
+    tensors.check_allocated(k, "k")
     try:
         period = 0 if isinstance(k, bool) else operator.index(k)
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor's is a RuntimeError
         period = 0
     if not 1 <= period < 2**31:
         raise ValueError(
-            f"Invalid k value: {k!r}; the Lookahead period is a whole number of steps, at least 1 "
-            "and below 2**31"
+            f"Invalid k value: {shown(k)}; the Lookahead period is a whole number of steps, at "
+            "least 1 and below 2**31"
         )
     if not _is_within(alpha, 0.0, 1.0):
         raise ValueError(
-            f"Invalid alpha value: {alpha!r}; the Lookahead interpolation factor is in [0, 1]"
+            f"Invalid alpha value: {shown(alpha)}; the Lookahead interpolation factor is in [0, 1]"
         )
 
 
@@ -144,15 +189,15 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
     least = math.ulp(0.0)
     if max_grad_norm is not None and not _is_within(max_grad_norm, least, math.inf):
         raise ValueError(
-            f"Invalid max_grad_norm value: {max_grad_norm!r}; it must be above 0, or None for no "
-            "clipping"
+            f"Invalid max_grad_norm value: {shown(max_grad_norm)}; it must be above 0, or None for "
+            "no clipping"
         )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless ``value`` is one of those that this version has."""
-    if value not in choices:
+    if isinstance(value, Tensor) or value not in choices:
         raise ValueError(
-            f"Invalid {name} value: {value!r}; this version has "
+            f"Invalid {name} value: {shown(value)}; this version has "
             + ", ".join(repr(choice) for choice in choices)
         )

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import dispatch, hyperparameters, support
-from .checkpoint import check_values, is_step_tensor, restore_value, step_tensor
+from . import checkpoint, dispatch, hyperparameters, support
+from .checkpoint import is_step_tensor, step_tensor
 from .dispatch import Dispatcher, is_at_rest, members
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
-from .optimizer import new_slow_param
+from .optimizer import FusedOptimizer, new_slow_param
 from .slow_weights import SlowWeights
 from .tensors import check_param, is_capturing
 
-STATE_NAMES = ("slow_param", "lookahead_step")
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
 
 
@@ -254,47 +254,95 @@ class Lookahead(SlowWeights, Optimizer):
             result = result if changed is None else changed
         return result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load what :meth:`state_dict` returned, or a checkpoint of Ranger or the inner optimizer.
 
-        Slow weights keep the precision they were saved in; where there are none they start from
-        the parameters as they are at the next step. A group's Lookahead that the checkpoint does
-        not have stays as it is.
+        State is copied. Slow weights keep the precision they were saved in; where there are none
+        they start from the parameters as they are at the next step. A group's Lookahead that the
+        checkpoint does not have stays as it is. Everything else is the inner optimizer's to load.
+
+        Args:
+            state_dict: what to load; it is left as it is, and shares no memory with the optimizer.
+            strict: whether state of other Lookaheads (``slow_buffer``, say) is an error, and for an
+                inner RAdam also what that does not know. False: it is left out, with a warning.
 
         Raises:
-            ValueError: the checkpoint does not fit. Nothing of Lookahead's has been changed then.
+            ValueError: the checkpoint does not fit.
+            RuntimeError: the memory of a state was given back. Whatever is raised, by the inner
+                optimizer too, nothing has been changed.
         """
         self._check_ready("load_state_dict()")
+        checkpoint.check_kind(state_dict, dict, "it")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
 
-        params: dict[Any, Tensor] = {}
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            self._check_group(saved)
-            params.update(zip(saved["params"], group["params"], strict=False))
-        inner, ours = {}, {}
+        params = checkpoint.parameters(state_dict, self.param_groups)
+        groups = []
+        for i, saved in enumerate(state_dict["param_groups"]):
+            with checkpoint.naming(i):
+                groups.append(hyperparameters.with_whole_period(saved))
+                self._check_group(groups[-1])
+        inner, ours, foreign = {}, {}, []
         for key, value in state_dict["state"].items():
             if isinstance(value, dict):
-                ours[key] = {name: value[name] for name in STATE_NAMES if name in value}
+                mine = {name: value[name] for name in checkpoint.LOOKAHEAD if name in value}
+                if mine and key not in params:
+                    foreign.append(f"the state of {key!r}, which no group names")
+                    continue
                 if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
-                    ours[key].setdefault("lookahead_step", value["step"])
-                value = {name: v for name, v in value.items() if name not in STATE_NAMES}
-                if key in params:
-                    check_values(ours[key], params[key], key)
+                    mine.setdefault("lookahead_step", value["step"])
+                for name, item in mine.items():
+                    checkpoint.check_value(name, item, params[key], key)
+                others = [name for name in value if name not in mine and is_lookaheads(name)]
+                foreign += map(repr, others)
+                value = {n: v for n, v in value.items() if n not in mine and n not in others}
+                ours[key] = mine
             inner[key] = value
+        checkpoint.report(foreign, "Lookahead", strict)
+        restored = {
+            param: checkpoint.restore_state(param, ours[key])
+            for key, param in params.items()
+            if ours.get(key)
+        }
         kept = [{n: group[n] for n in GROUP_NAMES if n in group} for group in self.param_groups]
-        self.optimizer.load_state_dict({**state_dict, "state": inner})
-        for key, param in params.items():
-            for name, value in ours.get(key, {}).items():
-                self.state[param][name] = restore_value(param, name, value)
-        for group, options in zip(self.param_groups, kept, strict=True):
-            group.update({**options, **group})
-        self._complete_groups()
+        options = (
+            {} if strict or not isinstance(self.optimizer, FusedOptimizer) else {"strict": False}
+        )
+        before = self.optimizer.__dict__.copy()
+        try:
+            loaded = {**state_dict, "param_groups": groups, "state": inner}
+            self.optimizer.load_state_dict(loaded, **options)
+            self._own(inner)
+            for param, values in restored.items():
+                self.state.setdefault(param, {}).update(values)
+            for group, known in zip(self.param_groups, kept, strict=True):
+                group.update({**known, **group})
+            self._complete_groups()
+        except BaseException:
+            # Optimizers of torch notice some of what is wrong when half of it is theirs already.
+            self.optimizer.__dict__ = before
+            raise
         self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
         for done_hook in self._optimizer_load_state_dict_post_hooks.values():
             done_hook(self)
+
+    def _own(self, loaded: Any) -> None:
+        """Copy the state that the inner optimizer took over from ``loaded`` as it was."""
+        given = {id(leaf) for leaf in tree_leaves(loaded)}
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if id(tensor) in given else tensor
+
+        with torch.inference_mode(False):  # what is made in it could not be written outside
+            for key, value in self.state.items():
+                self.state[key] = tree_map_only(Tensor, own, value)
+
+
+def is_lookaheads(name: Any) -> bool:
+    """Whether a state has the name of a Lookahead's, of ours or of another package's."""
+    return isinstance(name, str) and name.startswith(("slow_", "lookahead_"))
 
 
 def interpolation(group: dict[str, Any]) -> Hyperparameters:

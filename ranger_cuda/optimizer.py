@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import hyperparameters, rounding, support
-from .checkpoint import Shielded, is_step_tensor, restore_state, shield_state, step_tensor
+from .checkpoint import (
+    Shielded,
+    check_kind,
+    is_step_tensor,
+    restore_state,
+    shield_state,
+    step_tensor,
+)
 from .clipping import total_norm
 from .dispatch import Dispatcher, Rule
 from .hyperparameters import STATE_DTYPES, Hyperparameters
@@ -121,7 +129,15 @@ class FusedOptimizer(Optimizer):
             dispatcher.release()
 
     def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
-        return hyperparameters.check(group, lookahead="slow_param" in self._rule.streams)
+        return hyperparameters.check(group, lookahead=self._has_lookahead)
+
+    @property
+    def _has_lookahead(self) -> bool:
+        return "slow_param" in self._rule.streams
+
+    def _rename(self, group: dict[str, Any]) -> None:
+        if self._has_lookahead:
+            hyperparameters.rename_lookahead(group)
 
     def _check_ready(self, call: str) -> None:
         """Raise if ``call`` may not be made now."""
@@ -143,7 +159,7 @@ class FusedOptimizer(Optimizer):
                 new[name] = torch.zeros_like(
                     param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
                 )
-        if "slow_param" in self._rule.streams and "slow_param" not in state:
+        if self._has_lookahead and "slow_param" not in state:
             new["slow_param"] = new_slow_param(param)
         master = rounding.master_state(param.dtype, group["weight_rounding"])
         if master is not None and master[0] not in state:
@@ -159,6 +175,7 @@ class FusedOptimizer(Optimizer):
             ValueError, TypeError: a hyperparameter or a parameter cannot be used.
         """
         if isinstance(param_group, dict):
+            self._rename(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -168,19 +185,33 @@ class FusedOptimizer(Optimizer):
         self._dispatcher.reset_slow_weights(self.param_groups, self.state, only_unmoved=True)
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load what :meth:`state_dict` returned, here or in RAdam, Adam or AdamW of torch.
 
-        Every state keeps the precision it was saved in. A hyperparameter that the checkpoint does
-        not have keeps its value; a Lookahead without slow weights starts from the parameters as
-        they are at the next step.
+        State is copied, and keeps the precision it was saved in. A hyperparameter that the
+        checkpoint does not have keeps its value; a Lookahead without slow weights starts from the
+        parameters as they are at the next step. RAdam leaves slow weights out, with a warning.
+        Group keys and state values that others added are kept, as long as the values are no
+        tensors.
+
+        Args:
+            state_dict: what to load; it is left as it is, and shares no memory with the optimizer.
+            strict: whether tensors and group keys that change what a step is, and that this
+                optimizer does not know (``max_exp_avg_sq`` and ``amsgrad``, say), are an error.
+                False: they are left out, with a warning.
 
         Raises:
-            ValueError: the checkpoint does not fit. Nothing has been changed then.
+            ValueError: the checkpoint does not fit.
+            RuntimeError: the memory of a state was given back. Nothing has been changed in either
+                case.
         """
         self._check_ready("load_state_dict()")
+        check_kind(state_dict, dict, "it")
+        names = ("step", *filter(None, self._rule.streams))
         # Registered last, so that it sees what the user's hooks made of the checkpoint.
-        shield = self.register_load_state_dict_pre_hook(shield_state)
+        shield = self.register_load_state_dict_pre_hook(
+            partial(shield_state, names=names, strict=strict)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -196,10 +227,12 @@ class FusedOptimizer(Optimizer):
         before = self.__dict__.get("param_groups", [])
         for param, saved in state.get("state", {}).items():
             if isinstance(saved, Shielded):
-                state["state"][param] = restore_state(param, saved)
+                state["state"][param] = restore_state(param, saved.state)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
+        for group in (self.defaults, *self.param_groups):
+            self._rename(group)
         for i, group in enumerate(self.param_groups):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}
             for name in self.defaults:

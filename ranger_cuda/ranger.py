@@ -31,7 +31,8 @@ class Ranger(SlowWeights, FusedOptimizer):
         alpha: the Lookahead interpolation factor, in [0, 1]. With 1 the result is RAdam's; with 0
             the parameter returns to its first value at each sync.
 
-    ``k`` and ``alpha``, too, may be set for each parameter group.
+    ``k`` and ``alpha``, too, may be set for each parameter group, which has them as
+    ``lookahead_k`` and ``lookahead_alpha``.
 
     State of a parameter: that of :class:`RAdam`, and ``slow_param`` (the parameter's shape). It
     starts as the parameter before its first update.
@@ -71,8 +72,8 @@ class Ranger(SlowWeights, FusedOptimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "k": k,
-            "alpha": alpha,
+            "lookahead_k": k,
+            "lookahead_alpha": alpha,
             "decoupled_weight_decay": decoupled_weight_decay,
             "rho_threshold": rho_threshold,
             "maximize": maximize,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DIAGNOSTIC = "python -m ranger_cuda info"
+BUILD_ANEW = "in a clone: pip install --force-reinstall --no-deps ."
 
 
 class Backend(NamedTuple):
@@ -65,16 +70,32 @@ def extension() -> ModuleType | Obstacle:
     try:
         return importlib.import_module("ranger_cuda._C")
     except ModuleNotFoundError:
+        here, installed = Path(__file__).parent, _installed_elsewhere()
+        if installed is not None:
+            return Obstacle(
+                f"Python found the source tree first, {here}, where the extension is not; the "
+                f"installed package is {installed}",
+                "start Python in another folder, or install the clone itself: pip install -e .",
+            )
         return Obstacle(
             "the extension ranger_cuda._C was not compiled",
-            "install a C++ compiler, then: pip install --force-reinstall --no-deps ranger_cuda "
-            "(from a clone: pip install .), without RANGER_BACKENDS=none",
+            f"install a C++ compiler, then, {BUILD_ANEW}, without RANGER_BACKENDS=none",
         )
     except ImportError as error:
         return Obstacle(
             f"the extension ranger_cuda._C could not be loaded: {error}",
-            "build it anew on this machine: pip install --force-reinstall --no-deps .",
+            f"build it anew on this machine, {BUILD_ANEW}",
         )
+
+
+def _installed_elsewhere() -> Path | None:
+    """Another copy of this package on Python's path, which has the extension."""
+    for entry in sys.path:
+        package = Path(entry, __package__).resolve()
+        built = any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+        if built and package != Path(__file__).parent.resolve():
+            return package
+    return None
 
 
 def obstacle(name: str) -> Obstacle | None:
@@ -96,8 +117,7 @@ def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
         return Obstacle(
             f"the extension has no CUDA kernels: {built['cuda_reason']}",
             "install the CUDA toolkit (nvcc 12.1 or newer), then build anew with "
-            "RANGER_BACKENDS=cuda: pip install --force-reinstall --no-deps ranger_cuda "
-            "(from a clone: pip install .)",
+            f"RANGER_BACKENDS=cuda, {BUILD_ANEW}",
         )
     if not torch.cuda.is_available():
         return Obstacle(
@@ -206,13 +226,30 @@ def choose(requested: str | None, param: Tensor, name: str) -> str:
         ValueError: the requested backend, or every one, lacks the parameter's device or dtype.
     """
     candidates = BACKENDS.values() if requested is None else (BACKENDS[requested],)
+    missed = None
     for backend in candidates:
-        if serves(backend, param) and obstacle(backend.name) is None:
+        if not serves(backend, param):
+            continue
+        why_not = obstacle(backend.name)
+        if why_not is None:
+            if missed is not None and backend.name == "reference":
+                _warn_of_reference(missed)
             return backend.name
+        missed = why_not
     supported = "; ".join(f"{backend.name} ({describe(backend)})" for backend in candidates)
     raise ValueError(
         f"{name} is {param.dtype} on {param.device}, which backend={requested!r} does not serve; "
         f"supported: {supported}"
+    )
+
+
+@functools.cache
+def _warn_of_reference(missed: Obstacle) -> None:
+    """Say once that the kernels which would serve here cannot run."""
+    warnings.warn(
+        f"ranger_cuda moves parameters one at a time, by its slow reference backend: "
+        f"{missed.cause}. {missed.fix}. `{DIAGNOSTIC}` says more; backend='reference' asks for it",
+        stacklevel=2,
     )
 
 

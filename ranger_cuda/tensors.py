@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -160,6 +161,24 @@ def check_allocated(value: Any, what: str) -> None:
             f"{what} is not allocated: its storage was resized to 0. Bring its memory back before "
             "the step (out of the context that offloads or unshards the model, say)"
         )
+
+
+class _Repr(reprlib.Repr):
+    def repr1(self, x: Any, level: int) -> str:
+        try:
+            check_allocated(x, "")
+        except RuntimeError:  # to read it would end the process
+            return f"a tensor of shape {tuple(x.shape)} that is not allocated"
+        return super().repr1(x, level)
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for an error message: not too long, and of any tensor, allocated or not."""
+    return _SHORT.repr(value)
+
+
+_SHORT = _Repr()
+_SHORT.maxdict, _SHORT.maxother, _SHORT.maxstring = 30, 200, 200
 
 
 def is_count(value: Any) -> bool:

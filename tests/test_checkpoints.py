@@ -8,9 +8,15 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from helpers import assert_same, give_gradients, twins
-from ranger_cuda import RAdam, Ranger
+from helpers import assert_same, assert_same_bits, give_gradients, twins
+from optimizer_infos import lookahead_radam, same, snapshot
+from ranger_cuda import Lookahead, RAdam, Ranger
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
 
@@ -25,6 +31,7 @@ def train(optimizer, params, steps):
     for step in steps:
         give_gradients(gradients(step, params), params)
         optimizer.step()
+    return optimizer
 
 
 def make(dtypes=DTYPES):
@@ -83,7 +90,6 @@ FOREIGN = {
     "RAdam capturable": lambda p: torch.optim.RAdam(p, lr=0.01, foreach=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3),
-    "AdamW amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
 }
 
@@ -100,7 +106,7 @@ def test_a_checkpoint_of_torch_loads_and_training_goes_on(name, cls):
     assert group["lr"] == 0.01
     assert group["rho_threshold"] == 5.0
     if cls is Ranger:
-        assert (group["k"], group["alpha"]) == (6, 0.5)
+        assert (group["lookahead_k"], group["lookahead_alpha"]) == (6, 0.5)
     # Model weights that arrive after the optimizer's are what slow weights start from.
     for p, q in zip(a, b, strict=True):
         q.data.copy_(p)
@@ -148,7 +154,41 @@ def test_a_group_keeps_its_own_values_where_the_checkpoint_has_none():
     theirs = torch.optim.AdamW([{"params": a[:1]}, {"params": a[1:]}])
     ours = Ranger([{"params": b[:1], "k": 3}, {"params": b[1:], "alpha": 0.9}])
     ours.load_state_dict(theirs.state_dict())
-    assert [(g["k"], g["alpha"]) for g in ours.param_groups] == [(3, 0.5), (6, 0.9)]
+    assert lookahead_of(ours) == [(3, 0.5), (6, 0.9)]
+
+
+def lookahead_of(optimizer):
+    return [(g["lookahead_k"], g["lookahead_alpha"]) for g in optimizer.param_groups]
+
+
+def test_a_checkpoint_whose_groups_say_k_and_alpha_loads():
+    a, b = twins(make([torch.float32]))
+    first, second = Ranger(a, k=4, alpha=0.3), Ranger(b)
+    train(first, a, range(6))
+    saved = copy.deepcopy(first.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("k", "alpha"):
+            group[name] = group.pop(f"lookahead_{name}")
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    second.load_state_dict(saved)
+    assert lookahead_of(second) == [(4, 0.3)]
+    assert "k" not in second.param_groups[0]
+    for optimizer, params in ((first, a), (second, b)):
+        train(optimizer, params, range(6, 13))
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits(p, q, "after the load")
+
+
+def test_alpha_in_a_group_is_another_library_s():
+    a, b = twins(make([torch.float32]))
+    first, second = Ranger(a, alpha=0.3), Ranger([{"params": b, "alpha": 0.3}])
+    assert lookahead_of(second) == [(6, 0.3)]
+    second.param_groups[0]["alpha"] = 0.99  # as fastai does
+    for optimizer, params in ((first, a), (second, b)):
+        train(optimizer, params, range(7))
+    for p, q in zip(a, b, strict=True):
+        assert_same_bits(p, q, "with a group's alpha")
 
 
 @pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
@@ -165,8 +205,286 @@ def test_older_kinds_of_step_counts_load(step):
     assert_same(first, second, [a], [b], step)
 
 
+# --- checkpoints of others ----------------------------------------------------------------------
+
+
+def ranger_of_2019(saved):
+    """lessw2020's Ranger."""
+    for state in saved["state"].values():
+        state["slow_buffer"] = state.pop("slow_param", state["exp_avg"].clone())
+
+
+def its_threshold(saved):
+    saved["param_groups"][0]["N_sma_threshhold"] = 5
+
+
+def timm_lookahead(saved):
+    for state in saved["state"].values():
+        state["lookahead_slow_buff"] = state["exp_avg"].clone()
+    saved["param_groups"][0].update(lookahead_alpha=0.5, lookahead_k=6, lookahead_step=3)
+
+
+def amsgrad(saved):
+    for state in saved["state"].values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+
+
+def amsgrad_before_its_first_step(saved):
+    saved["state"].clear()
+    saved["param_groups"][0]["amsgrad"] = True
+
+
+def nadam(saved):
+    for state in saved["state"].values():
+        state["mu_product"] = torch.tensor(0.7)
+
+
 def sgd_state(saved):
-    saved["state"][0] = {"momentum_buffer": torch.zeros(7)}
+    for state in saved["state"].values():
+        state.clear()
+        state["momentum_buffer"] = torch.zeros(7)
+
+
+def parameters_by_names(saved):
+    saved["state"] = {str(key): state for key, state in saved["state"].items()}
+
+
+FOREIGNERS = {
+    "slow_buffer": ranger_of_2019,
+    "N_sma_threshhold": its_threshold,
+    "lookahead_slow_buff": timm_lookahead,
+    "max_exp_avg_sq": amsgrad,
+    "amsgrad": amsgrad_before_its_first_step,
+    "mu_product": nadam,
+    "momentum_buffer": sgd_state,
+    "state of '0'": parameters_by_names,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGNERS)
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_what_would_lose_its_meaning_is_refused_or_left_out_with_a_warning(cls, name):
+    (a, b), c = twins(make([torch.float32])), make([torch.float32])
+    optimizer = train(cls(a), a, range(5))
+    twin = train(cls(b), b, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    FOREIGNERS[name](saved)
+    kept = copy.deepcopy(saved)
+    with pytest.raises(ValueError, match=rf"loaded state dict: .*{name}.*strict=False"):
+        optimizer.load_state_dict(saved)
+    for each, params in ((optimizer, a), (twin, b)):
+        train(each, params, range(5, 9))
+    assert_same(optimizer, twin, a, b, "after a refused load")
+
+    other = cls(c)
+    with pytest.warns(UserWarning, match=rf"loaded state dict: .*{name}") as warned:
+        other.load_state_dict(saved, strict=False)
+    assert len(warned) == 1
+    assert same(saved, kept)
+    known = {"step", "exp_avg", "exp_avg_sq", "slow_param", "lookahead_step"}
+    assert all(
+        isinstance(key, torch.Tensor) and state.keys() <= known
+        for key, state in other.state.items()
+    )
+    assert not {"amsgrad", "N_sma_threshhold"} & other.param_groups[0].keys()
+    train(other, c, [0])
+    other.load_state_dict(other.state_dict())  # nothing foreign is left
+
+
+@pytest.mark.parametrize("name", ["slow_buffer", "slow_params", "lookahead_slow_buff"])
+def test_others_slow_weights_are_refused_around_any_optimizer(name):
+    a, _ = twins([torch.randn(3)])
+    optimizer = train(Lookahead(torch.optim.AdamW(a)), a, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = saved["state"][0].pop("slow_param")
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"{name}.*strict=False"):
+        optimizer.load_state_dict(saved)
+    assert same(snapshot(optimizer), before)
+    with pytest.warns(UserWarning, match=name):
+        optimizer.load_state_dict(saved, strict=False)
+    assert name not in optimizer.state[a[0]]
+
+
+@pytest.mark.parametrize("source", [Ranger, lookahead_radam])
+def test_radam_leaves_slow_weights_out_and_says_so(source):
+    a, b = twins(make([torch.float32]))
+    optimizer, other = train(source(a), a, range(3)), RAdam(b)
+    with pytest.warns(UserWarning, match=r"slow_param.*RAdam has no slow weights"):
+        other.load_state_dict(optimizer.state_dict())
+    assert {name for p in b for name in other.state[p]} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_no_dead_state_is_carried(cls, recwarn):
+    """A master's rest when the parameter is float32 by now, and a wrapper's count of steps."""
+    a, b = twins(make([torch.bfloat16, torch.float16]))
+    optimizer = train(lookahead_radam(a) if cls is Ranger else cls(a), a, range(3))
+    other = cls([torch.nn.Parameter(p.detach().float()) for p in b])
+    other.load_state_dict(optimizer.state_dict())
+    known = {"step", "exp_avg", "exp_avg_sq"}
+    known |= {"slow_param"} if cls is not RAdam else set()
+    known |= {"lookahead_step"} if cls is lookahead_radam else set()
+    assert {name for state in other.state.values() for name in state} == known
+    assert not recwarn.list
+
+
+def test_values_that_trainers_add_to_a_state_are_kept_as_copies():
+    a, b = twins(make([torch.float32]))
+    optimizer, other = train(Ranger(a), a, range(3)), Ranger(b)
+    saved = optimizer.state_dict()
+    inner = torch.ones(2)
+    saved["state"][0].update(note="mine", count=[3, {"of": inner}])
+    saved["state"]["mine"] = {"seen": 5}
+    other.load_state_dict(saved)
+    assert other.state[b[0]]["note"] == "mine"
+    assert other.state["mine"] == {"seen": 5}
+    (three, of) = other.state[b[0]]["count"]
+    assert (three, of["of"].tolist()) == (3, [1, 1])
+    inner.zero_()
+    assert of["of"].tolist() == [1, 1]
+
+
+# --- a load shares nothing with what was loaded --------------------------------------------------
+
+
+def storages(value):
+    return {
+        t.untyped_storage().data_ptr()
+        for t in tree_leaves(value)
+        if isinstance(t, torch.Tensor) and t.numel()
+    }
+
+
+COPIERS = {
+    "RAdam": RAdam,
+    "Ranger": Ranger,
+    "reference": lambda p: Ranger(p, backend="reference"),
+    "Lookahead(RAdam)": lookahead_radam,
+    "Lookahead(AdamW)": lambda p: Lookahead(torch.optim.AdamW(p)),
+    "Lookahead(SGD)": lambda p: Lookahead(torch.optim.SGD(p, momentum=0.9)),
+    "Lookahead(LBFGS)": lambda p: Lookahead(Lists(p)),
+}
+
+
+class Lists(torch.optim.SGD):
+    """Keeps tensors in lists, as LBFGS does."""
+
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("old", []).append(p.grad.clone())
+
+
+@pytest.mark.parametrize("name", COPIERS)
+def test_a_loaded_state_shares_no_memory_with_what_was_loaded(name):
+    dtypes = DTYPES if "torch" not in name and "Lists" not in name else [torch.float32]
+    dtypes = [torch.float32] if "(" in name and "RAdam" not in name else dtypes
+    a, b = twins(make(dtypes))
+    optimizer, other = train(COPIERS[name](a), a, range(3)), COPIERS[name](b)
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    other.load_state_dict(saved)
+    assert not storages(list(other.state.values())) & storages(saved)
+    for p, q in zip(a, b, strict=True):
+        q.data.copy_(p)
+    train(other, b, range(3, 8))
+    assert same(saved, kept)
+    train(optimizer, a, range(3, 8))
+    assert_same_bits_of(optimizer, other)
+
+
+def assert_same_bits_of(optimizer, other):
+    assert same(snapshot(optimizer)["state"], snapshot(other)["state"])
+    assert same(snapshot(optimizer)["params"], snapshot(other)["params"])
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies and conversions of tensors of more than one element."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copies = (torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten.copy_)
+        self.number += func.overloadpacket in copies and result.numel() > 1
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_a_load_copies_every_tensor_once(cls, dtype):
+    (a,), (b,) = twins([torch.randn(5, 4)])
+    optimizer = train(cls([a]), [a], range(3))
+    other = cls([torch.nn.Parameter(b.detach().to(dtype))])
+    saved = optimizer.state_dict()
+    with Copies() as copies:
+        other.load_state_dict(saved)
+    assert copies.number == (2 if cls is RAdam else 3)
+
+
+def test_a_load_keeps_strides_and_makes_expanded_state_dense():
+    param = torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    optimizer = train(Ranger([param]), [param], range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = torch.zeros(1, 1, 1, 1).expand(param.shape)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["slow_param"].stride() == param.stride()
+    train(optimizer, [param], [2])
+
+
+@pytest.mark.parametrize("name", ["reference", "Lookahead(SGD)"])
+def test_a_load_within_inference_mode_makes_state_that_steps_can_write(name):
+    (a,), (b,) = twins([torch.randn(5)])
+    optimizer, other = train(COPIERS[name]([a]), [a], range(2)), COPIERS[name]([b])
+    with torch.inference_mode():
+        other.load_state_dict(optimizer.state_dict())
+    train(other, [b], range(2, 9))
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_a_load_copies_the_state_of_dtensors_and_refuses_that_of_others(cls, mesh):
+    def param(*placements):
+        whole = torch.arange(6.0).reshape(3, 2)
+        return torch.nn.Parameter(distribute_tensor(whole, mesh, placements))
+
+    def shards(state):
+        return {name: v.to_local() if isinstance(v, DTensor) else v for name, v in state.items()}
+
+    a, b, c, plain = (
+        param(Shard(0)),
+        param(Shard(0)),
+        param(Shard(1)),
+        torch.nn.Parameter(torch.zeros(3, 2)),
+    )
+    optimizer = cls([a])
+    a.grad = torch.ones_like(a)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    other = cls([b])
+    other.load_state_dict(saved)
+    assert isinstance(other.state[b]["exp_avg"], DTensor)
+    assert not storages(shards(other.state[b])) & storages(shards(saved["state"][0]))
+    for param, message in (
+        (plain, "is a DTensor"),
+        (c, r"but the parameter is a DTensor, \(Shard\(dim=1\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"{message}.*set_optimizer_state_dict"):
+            cls([param]).load_state_dict(saved)
+
+
+# --- damaged checkpoints ------------------------------------------------------------------------
+
+
+def state_without_momenta(saved):
+    del saved["state"][0]["exp_avg"], saved["state"][0]["exp_avg_sq"]
 
 
 def wrong_shape(saved):
@@ -201,32 +519,175 @@ def moment_that_is_a_number(saved):
     saved["state"][1]["exp_avg"] = 0.0
 
 
+def is_now(value):
+    """The state of a parameter."""
+
+    def damage(saved):
+        saved["state"][1] = value
+
+    damage.__name__ = f"state_that_is_a_{type(value).__name__}"
+    return damage
+
+
+def becomes(what, change, name=None):
+    """A tensor of the state."""
+
+    def damage(saved):
+        state = saved["state"][1]
+        changed = name or next(n for n in ("slow_param", "exp_avg_sq") if n in state)
+        state[changed] = change(state[changed])
+
+    damage.__name__ = f"{what}_{name or 'tensor'}"
+    return damage
+
+
+def freed(tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+CHANGES = {
+    "bool": lambda t: t > 0,
+    "integer": lambda t: t.int(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "freed": freed,
+}
+
+
+def without(*keys):
+    def damage(saved):
+        for key in keys[:-1]:
+            saved = saved[key]
+        del saved[keys[-1]]
+
+    damage.__name__ = f"without_{keys[-1]}"
+    return damage
+
+
+def replaced(value, *keys):
+    def damage(saved):
+        for key in keys[:-1]:
+            saved = saved[key]
+        saved[keys[-1]] = value
+
+    damage.__name__ = f"{keys[-1]}_is_{value!r}"
+    return damage
+
+
+STRUCTURE = [
+    one_group_more,
+    *[is_now(value) for value in (0, None, [], "x", torch.zeros(7))],
+    without("state"),
+    without("param_groups"),
+    without("param_groups", 0),
+    without("param_groups", 0, "params"),
+    *[replaced(value, "state") for value in (None, [], 0)],
+    *[replaced(value, "param_groups") for value in (None, {}, 0, [None], [[]])],
+    *[
+        replaced(v, "param_groups", 0, "params")
+        for v in (None, 3, "012", [0], [0, 0, 1], [[], 1, 2])
+    ],
+    *[replaced(v, "param_groups", 0, "param_names") for v in (5, ["a"], "abc")],
+]
 DAMAGES = [
-    sgd_state,
+    *STRUCTURE,
     wrong_shape,
     no_moment,
+    state_without_momenta,
     zero_eps,
-    one_group_more,
     half_a_step,
     step_of_the_moment_s_shape,
     negative_step,
     moment_that_is_a_number,
+    *[becomes(what, change) for what, change in CHANGES.items()],
+    *[becomes(w, c, "exp_avg") for w, c in CHANGES.items()],
+    *[becomes(w, CHANGES[w], "step") for w in ("complex", "sparse", "meta", "freed")],
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(damage):
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(cls, damage):
+    assert_refused_whole(cls, damage)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *STRUCTURE,
+        *[becomes(w, c, "slow_param") for w, c in CHANGES.items()],
+        *[becomes(w, CHANGES[w], "lookahead_step") for w in ("complex", "sparse", "meta", "freed")],
+        replaced(6.5, "param_groups", 0, "lookahead_k"),
+        replaced(2.0, "param_groups", 0, "lookahead_alpha"),
+        # What only the inner optimizer refuses, half-way through its load.
+        without("state", 1, "step"),
+        replaced("x", "state", 1, "step"),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_checkpoint_is_refused_whole_around_any_optimizer(damage):
+    assert_refused_whole(lambda params: Lookahead(torch.optim.AdamW(params)), damage)
+
+
+def assert_refused_whole(cls, damage):
     params, other = twins(make([torch.float32]))
-    optimizer, twin = Ranger(params), Ranger(other)
-    for each, its in ((optimizer, params), (twin, other)):
-        train(each, its, range(5))
+    optimizer, twin = train(cls(params), params, range(5)), train(cls(other), other, range(5))
     saved = copy.deepcopy(optimizer.state_dict())
     damage(saved)
-    with pytest.raises(ValueError, match="loaded state dict"):
+    before = [dict(vars(o)) for o in (optimizer, getattr(optimizer, "optimizer", optimizer))]
+    with pytest.raises((ValueError, RuntimeError, TypeError, KeyError)) as refusal:
         optimizer.load_state_dict(saved)
+    if damage.__name__ not in ("without_step", "step_is_'x'") or hasattr(optimizer, "_rule"):
+        assert not isinstance(refusal.value, (TypeError, KeyError))
+        assert str(refusal.value).startswith("loaded state dict")
+    after = [dict(vars(o)) for o in (optimizer, getattr(optimizer, "optimizer", optimizer))]
+    for b, a in zip(before, after, strict=True):
+        assert b.keys() == a.keys()
+        assert all(b[name] is a[name] for name in ("state", "param_groups") if name in b)
     for each, its in ((optimizer, params), (twin, other)):
         train(each, its, range(5, 9))
     assert_same(optimizer, twin, params, other, "after a refused load")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], "x", {}])
+@pytest.mark.parametrize("cls", [RAdam, Ranger, lookahead_radam])
+def test_what_is_no_state_dict_is_refused(cls, wrong):
+    optimizer = cls([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="loaded state dict"):
+        optimizer.load_state_dict(wrong)
+
+
+def test_real_moments_of_a_complex_parameter_are_refused():
+    (param,) = make([torch.complex64])[1:2]
+    optimizer = train(Ranger([param]), [param], range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_sq"] = saved["state"][0]["exp_avg_sq"].real
+    with pytest.raises(ValueError, match=r"'exp_avg_sq' of parameter 0 is torch\.float32"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "convert"),
+    [
+        (torch.bfloat16, "residual", lambda t: t.bfloat16()),  # as torch.optim loads state
+        (torch.bfloat16, "residual", lambda t: t.float()),
+        (torch.bfloat16, "residual", lambda t: t.to(torch.int8)),
+        (torch.bfloat16, "residual", lambda t: t.long() + 2**16),
+        (torch.float16, "master", lambda t: t.half()),
+        (torch.float16, "master", lambda t: t.double()),
+        (torch.float16, "master", lambda t: t.int()),
+    ],
+)
+def test_the_rest_of_a_master_that_has_lost_bits_is_refused(dtype, name, convert):
+    (param,), _ = twins([torch.randn(5).to(dtype)])
+    optimizer = train(Ranger([param]), [param], range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name] = convert(saved["state"][0][name])
+    with pytest.raises(ValueError, match=rf"'{name}' of parameter 0 is torch.*bits"):
+        optimizer.load_state_dict(saved)
 
 
 def test_a_state_dict_hook_s_cast_of_a_residual_is_undone():

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
-from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda import Lookahead, RAdam, Ranger, native, tensors
 
 WORLD = 2
 OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
@@ -117,6 +118,29 @@ def fsdp2(rank, folder):
             assert_same_run(model, optimizer, single, reference, f"FSDP2, step {step}")
         state = next(iter(optimizer.state.values()))
         assert isinstance(state["slow_param"], DTensor)
+
+
+def backward(rank, folder):
+    """The gradients of FSDP2's own backward pass, none of which is looked at in Python."""
+    asked = []
+
+    def plain_grad(param, *args):
+        asked.append(param)
+        return tensors.plain_grad(param, *args)
+
+    with mock.patch.object(native, "plain_grad", plain_grad):
+        for build in BUILDS:
+            model, single = sharded(), Awkward()
+            optimizer, reference = build(model.parameters()), build(single.parameters())
+            for step in range(8):
+                give(single, step, rank)
+                own = [p.grad for p in single.parameters()]
+                optimizer.zero_grad()
+                model(own).backward()
+                optimizer.step()
+                train(single, reference, [step])
+                assert_same_run(model, optimizer, single, reference, f"backward, step {step}")
+    assert not asked
 
 
 def mixed(rank, folder):
@@ -399,6 +423,7 @@ CHECKS = {
         tensor_parallel,
         ddp,
         fsdp2,
+        backward,
         mixed,
         clipping,
         clipping_refused,

@@ -24,7 +24,7 @@ from optimizer_infos import (
 )
 from ranger_cuda import Lookahead, RAdam, Ranger
 
-NAN, INF = math.nan, math.inf
+NAN, INF, TWO = math.nan, math.inf, 2.0
 OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
 each_fused = pytest.mark.parametrize("cls", [RAdam, ranger], ids=["RAdam", "Ranger"])
 each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)
@@ -38,8 +38,14 @@ WRONG = [
     ("lr", torch.tensor([1e-3, 1e-3]), ValueError, r"Tensor lr must be 1-element.*\(2,\)"),
     ("lr", torch.tensor([]), ValueError, "Tensor lr must be 1-element"),
     ("lr", None, TypeError, "must be a number"),
-    ("lr", "0.1", TypeError, "'0.1' is a string"),
+    ("lr", "0.1", TypeError, "'0.1' is no number"),
+    ("lr", b"1", TypeError, "b'1' is no number"),
+    ("lr", True, TypeError, "True is no number"),
     ("lr", 1j, TypeError, "must be a number"),
+    ("lr", torch.tensor(1j), TypeError, "must be a number"),
+    ("lr", torch.tensor(0.1, device="meta"), TypeError, "must be a number"),
+    ("lr", 1e39, ValueError, r"Invalid learning rate: 1e\+39; it must be finite in float32"),
+    ("lr", 10**400, TypeError, "must be a number"),
     ("betas", (-0.1, 0.9), ValueError, "beta parameter at index 0: -0.1"),
     ("betas", (1.0, 0.9), ValueError, "beta parameter at index 0: 1.0"),
     ("betas", (0.9, 1.0), ValueError, "beta parameter at index 1: 1.0"),
@@ -48,22 +54,34 @@ WRONG = [
     ("betas", (0.9,), ValueError, "give two numbers"),
     ("betas", (0.9, 0.99, 0.999), ValueError, "give two numbers"),
     ("betas", 0.9, ValueError, "give two numbers"),
-    ("betas", ("0.9", 0.99), TypeError, "'0.9' is a string"),
+    ("betas", ("0.9", 0.99), TypeError, "'0.9' is no number"),
+    ("betas", (False, 0.99), TypeError, "False is no number"),
+    ("betas", (torch.ones(2), 0.99), TypeError, "must be a number"),
     ("eps", 0.0, ValueError, "a parameter whose gradient is exactly 0 becomes NaN"),
     ("eps", -1e-8, ValueError, "Invalid epsilon value: -1e-08"),
-    ("eps", 1e-60, ValueError, "must be above 0 in float32"),
-    ("eps", 2.0**-150, ValueError, "must be above 0 in float32"),  # rounds to 0, ties to even
+    ("eps", 1e-60, ValueError, "above 0 in float32"),
+    ("eps", 2.0**-150, ValueError, "above 0 in float32"),  # rounds to 0, ties to even
     ("eps", NAN, ValueError, "Invalid epsilon value: nan"),
     ("eps", INF, ValueError, "Invalid epsilon value: inf"),
+    ("eps", 1e39, ValueError, r"Invalid epsilon value: 1e\+39"),
+    ("eps", True, TypeError, "True is no number"),
     ("eps", None, TypeError, "must be a number"),
     ("weight_decay", -1e-3, ValueError, "Invalid weight_decay value: -0.001"),
     ("weight_decay", NAN, ValueError, "Invalid weight_decay value: nan"),
     ("weight_decay", INF, ValueError, "Invalid weight_decay value: inf"),
+    ("weight_decay", 3.5e38, ValueError, r"Invalid weight_decay value: 3.5e\+38; .* in float32"),
+    ("weight_decay", True, TypeError, "True is no number"),
+    ("weight_decay", np.True_, TypeError, "True_? is no number"),
+    ("weight_decay", torch.tensor(True), TypeError, r"tensor\(True\) is no number"),
     ("rho_threshold", 3.9, ValueError, "Invalid rho_threshold value: 3.9; it must be at least 4"),
     ("rho_threshold", NAN, ValueError, "Invalid rho_threshold value: nan"),
     ("max_grad_norm", 0.0, ValueError, "Invalid max_grad_norm value: 0.0"),
     ("max_grad_norm", -1.0, ValueError, "Invalid max_grad_norm value: -1.0"),
     ("max_grad_norm", NAN, ValueError, "Invalid max_grad_norm value: nan"),
+    ("max_grad_norm", b"1", ValueError, "Invalid max_grad_norm value: b'1'"),
+    ("max_grad_norm", True, ValueError, "Invalid max_grad_norm value: True"),
+    ("max_grad_norm", torch.ones(2), ValueError, "Invalid max_grad_norm value: tensor"),
+    ("maximize", torch.ones(2), ValueError, "Invalid maximize value: tensor"),
     ("max_grad_norm", "1", ValueError, "Invalid max_grad_norm value: '1'"),
     ("weight_rounding", "Exact", ValueError, "Invalid weight_rounding value: 'Exact'; this"),
     ("weight_rounding", None, ValueError, "Invalid weight_rounding value: None"),
@@ -72,25 +90,29 @@ WRONG_LOOKAHEAD = [
     ("k", 0, ValueError, "Invalid k value: 0; the Lookahead period is a whole number"),
     ("k", -6, ValueError, "Invalid k value: -6"),
     ("k", 2.5, ValueError, "Invalid k value: 2.5"),
-    ("k", 2.0, ValueError, "Invalid k value: 2.0"),
+    ("k", TWO, ValueError, "Invalid k value: 2.0"),
     ("k", True, ValueError, "Invalid k value: True"),
     ("k", None, ValueError, "Invalid k value: None"),
+    ("k", 10**400, ValueError, "Invalid k value: 1000"),
+    ("k", torch.tensor(6, device="meta"), ValueError, "Invalid k value: tensor"),
+    ("alpha", b"1", ValueError, "Invalid alpha value: b'1'"),
+    ("alpha", True, ValueError, "Invalid alpha value: True"),
+    ("alpha", torch.ones(2), ValueError, "Invalid alpha value: tensor"),
     ("alpha", -0.1, ValueError, r"Invalid alpha value: -0.1; .* in \[0, 1\]"),
     ("alpha", 1.1, ValueError, "Invalid alpha value: 1.1"),
     ("alpha", NAN, ValueError, "Invalid alpha value: nan"),
 ]
 CASES = [
-    pytest.param(cls, *case, id=f"{name}-{case[0]}-{case[1]}")
+    pytest.param(cls, *case, id=f"{name}-{case[0]}-{case[1]}"[:40])
     for name, cls in OWN.items()
     for case in WRONG + (WRONG_LOOKAHEAD if name != "RAdam" else [])
 ]
 each_wrong_value = pytest.mark.parametrize(("cls", "option", "value", "error", "message"), CASES)
 
 
-def key_in_group(cls, option):
-    """What Lookahead calls it in a group, where ``alpha`` may be the inner optimizer's."""
-    mine = cls is lookahead_radam and option in ("k", "alpha")
-    return f"lookahead_{option}" if mine else option
+def key_in_group(option):
+    """What a group calls it, where ``alpha`` may be another library's."""
+    return f"lookahead_{option}" if option in ("k", "alpha") else option
 
 
 @each_wrong_value
@@ -99,8 +121,9 @@ def test_a_wrong_value_is_refused_by_the_constructor(cls, option, value, error, 
     with pytest.raises(error, match=message):
         cls(params, **{option: value})
     if cls is not lookahead_radam:  # there the options of Lookahead are no defaults of a group
+        key = key_in_group(option)
         with pytest.raises(error, match=message):  # nor may every group override a wrong default
-            cls([{"params": params, option: cls(params).defaults[option]}], **{option: value})
+            cls([{"params": params, key: cls(params).defaults[key]}], **{option: value})
 
 
 @pytest.mark.parametrize("cls", [RAdam, Ranger])
@@ -115,7 +138,7 @@ def test_a_wrong_value_is_refused_in_a_group(cls, option, value, error, message)
     optimizer = train(cls([first]), [first], range(3))
     before = snapshot(optimizer)
     with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": [second], key_in_group(cls, option): value})
+        optimizer.add_param_group({"params": [second], key_in_group(option): value})
     assert len(optimizer.param_groups) == 1
     assert same(snapshot(optimizer), before)
 
@@ -128,16 +151,14 @@ def test_a_value_that_becomes_wrong_stops_the_step_before_anything_moved(
     optimizer = cls([{"params": [p]} for p in params])
     train(optimizer, params, range(3))
     good = snapshot(optimizer)
-    optimizer.param_groups[-1][key_in_group(cls, option)] = value
+    optimizer.param_groups[-1][key_in_group(option)] = value
     set_grads(params, 3)
     with pytest.raises(error, match=message):
         optimizer.step()
     now = snapshot(optimizer)
     assert same([now["params"], now["state"]], [good["params"], good["state"]])
 
-    optimizer.param_groups[-1][key_in_group(cls, option)] = good["groups"][-1][
-        key_in_group(cls, option)
-    ]
+    optimizer.param_groups[-1][key_in_group(option)] = good["groups"][-1][key_in_group(option)]
     untouched = random_params((3,), (3,))
     expected = train(cls([{"params": [p]} for p in untouched]), untouched, range(4))
     optimizer.step()
@@ -148,14 +169,41 @@ def test_a_value_that_becomes_wrong_stops_the_step_before_anything_moved(
 def test_a_checkpoint_with_a_wrong_value_is_refused_unchanged(cls, option, value, error, message):
     params = random_params((3,))
     optimizer = train(cls(params), params, range(3))
+    if option == "k" and value is TWO:
+        return  # see test_a_whole_period_in_a_checkpoint_is_an_int
     before = snapshot(optimizer)
     wrong = copy.deepcopy(optimizer.state_dict())
-    wrong["param_groups"][0][key_in_group(cls, option)] = value
+    wrong["param_groups"][0][key_in_group(option)] = value
     for state in wrong["state"].values():
         state["step"] += 10
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(wrong)
     assert same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("k", [6.0, torch.tensor(6), torch.tensor([6]), torch.tensor(6.0), 6])
+@pytest.mark.parametrize("cls", [ranger, lookahead_radam, lookahead_adamw])
+def test_a_whole_period_in_a_checkpoint_is_an_int(cls, k):
+    params = random_params((3,))
+    optimizer = train(cls(params), params, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["lookahead_k"] = k
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lookahead_k"] == 6
+    assert type(optimizer.param_groups[0]["lookahead_k"]) is int
+
+
+def test_a_tensor_whose_memory_was_given_back_is_no_number():
+    freed = torch.tensor(0.1)
+    freed.untyped_storage().resize_(0)
+    for options in ({"lr": freed}, {"betas": (freed, 0.9)}, {"alpha": freed}, {"k": freed}):
+        optimizer = Ranger(random_params((3,)))
+        saved = optimizer.state_dict()
+        saved["param_groups"][0].update(options)
+        with pytest.raises(RuntimeError, match="not allocated"):
+            Ranger(random_params((3,)), **options)
+        with pytest.raises(RuntimeError, match=r"loaded state dict.*not allocated"):
+            optimizer.load_state_dict(saved)
 
 
 RIGHT = [
@@ -171,6 +219,8 @@ RIGHT = [
     {"rho_threshold": 4},
     {"max_grad_norm": INF},
     {"max_grad_norm": 1},
+    {"max_grad_norm": 1e39},
+    {"eps": torch.finfo(torch.float32).max},
     {"k": 1},
     {"k": 10**6},
     {"alpha": 0},
@@ -407,6 +457,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(cls):
     (param,) = random_params((3,))
     set_grads([param], 0)
     numbers = {"lr": np.float32(0.1), "max_grad_norm": np.float32(1.0)}
+    numbers["weight_decay"] = np.array(0.1)
     if "k" in cls([param]).defaults:
         numbers.update(k=np.int64(2), alpha=torch.tensor(0.5))
     cls([param], **numbers).step()

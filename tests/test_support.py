@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -57,11 +60,18 @@ def test_a_backend_that_cannot_run_says_cause_fix_and_diagnosis(backend):
 WITHOUT_EXTENSION = """
 import sys
 sys.modules["ranger_cuda._C"] = None
-import torch, ranger_cuda
+import torch, warnings, ranger_cuda
 param = torch.nn.Parameter(torch.ones(3)); param.grad = torch.ones(3)
-optimizer = ranger_cuda.Ranger([param], lr=0.5)
-optimizer.step()
-assert torch.allclose(param, torch.full((3,), 0.5))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ranger_cuda.Ranger([param], lr=0.0, backend="reference").step()
+    assert not caught
+    optimizer = ranger_cuda.Ranger([param], lr=0.5)
+    optimizer.step()
+    assert torch.allclose(param, torch.full((3,), 0.5))
+    optimizer.step()
+(warning,) = caught
+print(warning.message)
 try:
     ranger_cuda.Ranger([param], backend="cpu")
 except RuntimeError as error:
@@ -81,11 +91,40 @@ def test_without_the_extension_everything_works_and_cpu_says_what_is_missing():
     )
     for expected in (
         "ranger_cuda._C was not compiled",
-        "pip install",
+        "its slow reference backend",
+        "in a clone: pip install --force-reinstall --no-deps .",
         "python -m ranger_cuda info",
         "extension: none",
     ):
         assert expected in result.stdout
+
+
+def test_a_source_tree_found_before_the_installed_package_is_recognised(tmp_path):
+    here = Path(ranger_cuda.__file__).parent
+    ignored = shutil.ignore_patterns("_C*.so", "_C*.pyd", "__pycache__")
+    shutil.copytree(here, tmp_path / "clone/ranger_cuda", ignore=ignored)
+    (tmp_path / "installed/ranger_cuda").mkdir(parents=True)
+    (tmp_path / "installed/ranger_cuda" / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    said = subprocess.run(
+        [sys.executable, "-c", RUN_INFO, str(tmp_path / "installed")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "clone",
+        env={**os.environ, "PYTHONPATH": ""},
+    ).stdout
+    assert f"the installed package is {tmp_path / 'installed/ranger_cuda'}" in said
+    assert "start Python in another folder, or install the clone itself: pip install -e ." in said
+
+
+# The installed package comes after the current folder; that of this environment is out of the way.
+RUN_INFO = """
+import importlib.machinery, runpy, sys
+sys.path.insert(1, sys.argv.pop())
+kept = ("BuiltinImporter", "FrozenImporter", "PathFinder")
+sys.meta_path[:] = [getattr(importlib.machinery, name) for name in kept]
+sys.argv.append("info")
+runpy.run_module("ranger_cuda", run_name="__main__")
+"""
 
 
 def test_info_has_every_backend_with_a_step_or_a_cause(capsys):

@@ -246,8 +246,9 @@ def test_defaults_are_the_arguments_and_groups_override_them(cls):
     expected = {**optimizer.defaults, "lr": 0.5, "eps": 1e-3}
     for group, values in zip(optimizer.param_groups, (optimizer.defaults, expected), strict=True):
         assert {key: value for key, value in group.items() if key != "params"} == values
-    assert set(optimizer.defaults) <= set(RAdam.__init__.__code__.co_varnames) | {"k", "alpha"}
-    assert Ranger([a]).defaults["k"] == 6
+    lookahead = {"lookahead_k", "lookahead_alpha"}
+    assert set(optimizer.defaults) <= set(RAdam.__init__.__code__.co_varnames) | lookahead
+    assert Ranger([a]).defaults["lookahead_k"] == 6
 
 
 @each_info

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -133,6 +134,17 @@ def test_killed_at_random_points_it_resumes_with_the_same_bits(
     assert_same_run(out, uninterrupted)
 
 
+@pytest.fixture
+def not_ignored() -> Iterator[None]:
+    """Signals as at a terminal; in a script's background job SIGINT starts ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("not_ignored")
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -164,6 +176,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.usefixtures("not_ignored")
 def test_ctrl_c_in_a_shell_ends_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ranger_cuda", "train", "--out", str(tmp_path), *TINY]
     with subprocess.Popen(

@@ -19,6 +19,10 @@ from .world import Draw, Side
 
 def make_whole(side: Side, draw: Draw) -> None:
     """What no checkpoint could hold: state half there, or of a parameter that no group names."""
+    if side.variant.is_ours:  # tensors that it does not know are refused
+        for state in side.optimizer.state.values():
+            if isinstance(state.get("users"), Tensor):
+                del state["users"]
     names = set(side.variant.state_names) - {"residual", "master"}
     states = [s for p in side.grouped() if (s := side.state_of(p))]
     if any(not names <= s.keys() for s in states):

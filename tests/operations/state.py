@@ -154,8 +154,8 @@ def hyperparameters_change(side: Side, draw: Draw) -> None:
     else:
         values["lr"] = values["lr"][:3]
     if side.variant.has_slow:
-        values[side.variant.prefix + "k"] = [1, 2, 3, 6]
-        values[side.variant.prefix + "alpha"] = [0, 0.3, 0.5, 1]
+        values["lookahead_k"] = [1, 2, 3, 6]
+        values["lookahead_alpha"] = [0, 0.3, 0.5, 1]
     group = draw.choice(side.optimizer.param_groups)
     for name in draw.sample(list(values), draw.randrange(1, 4)):
         group[name] = draw.choice(values[name])

@@ -277,7 +277,7 @@ WRONG = {
 def refused_for_a_hyperparameter(side: Side, draw: Draw) -> None:
     give_all(side, draw)
     group = draw.choice(side.optimizer.param_groups)
-    lookahead = [side.variant.prefix + name for name in ("k", "alpha")]
+    lookahead = ["lookahead_k", "lookahead_alpha"]
     known = list(WRONG)[:5] if side.variant.is_ours else []
     name = draw.choice(known + (lookahead if side.variant.has_slow else []))
     good = group[name]

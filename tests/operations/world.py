@@ -61,11 +61,6 @@ class Variant(NamedTuple):
         slow = ("slow_param",) if self.has_slow else ()
         return tuple(dict.fromkeys((*names, *slow, self.step_name)))
 
-    @property
-    def prefix(self) -> str:
-        """What names the period and the factor of Lookahead in a group."""
-        return "" if self.is_fused else "lookahead_"
-
 
 VARIANTS = {
     "Ranger": Variant(lambda ps, backend: Ranger(ps, lr=0.05, k=3, backend=backend), "step"),
