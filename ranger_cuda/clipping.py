@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from .rounding import LOW_PRECISION
-from .tensors import DTensor
+from .tensors import DTensor, is_fsdp1_s
 
 
 @torch.no_grad()
@@ -22,11 +22,21 @@ def total_norm(param_groups: list[dict[str, Any]]) -> Tensor:
 
     Returns:
         a scalar on the first gradient's device; nothing waits for it.
+
+    Raises:
+        RuntimeError: a parameter is known to be one rank's part of what the norm should be over.
     """
     by_mesh: dict[Any, list[Tensor]] = defaultdict(list)
     for group in param_groups:
         for param in group["params"]:
             if param.grad is not None:
+                if is_fsdp1_s(param):
+                    raise RuntimeError(
+                        "max_grad_norm would clip by the norm of one rank's shards under "
+                        "FullyShardedDataParallel, and by another on every rank: leave it None and "
+                        "call model.clip_grad_norm_(...) before the step, or shard with "
+                        "torch.distributed.fsdp.fully_shard"
+                    )
                 grad = param.grad.detach()
                 if grad.dtype in LOW_PRECISION:  # whose norm may be infinite though they are not
                     grad = torch.linalg.vector_norm(grad, dtype=torch.float32)

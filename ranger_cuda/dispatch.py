@@ -23,7 +23,7 @@ from .checkpoint import MASTERS
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .native import Groups, Native, State, Told
-from .rounding import LOW_PRECISION
+from .rounding import LOW_PRECISION, load
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -58,6 +58,13 @@ def members(param_groups: Groups) -> Iterator[Member]:
             yield Member(param, i, name)
 
 
+def is_at_rest(group: dict[str, Any]) -> bool:
+    """Whether a step moves no parameter of ``group``: its ``lr`` is 0. One on an accelerator is not
+    read, which would wait for it."""
+    lr = group.get("lr")
+    return lr is not None and not on_accelerator(lr) and bool(lr == 0)
+
+
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
 
 
@@ -81,12 +88,19 @@ class _Step:
     """What moves in one step, as far as Python deals with it."""
 
     def __init__(
-        self, rule: Rule, param_groups: Groups, state: State, moved: list[bool] | None
+        self,
+        rule: Rule,
+        param_groups: Groups,
+        state: State,
+        moved: list[bool] | None,
+        unmoved: set[Tensor],
     ) -> None:
         self.rule = rule
         self.param_groups = param_groups
         self.state = state
         self.moved = moved
+        self.unmoved = unmoved  # whose slow weights are made anew
+        self.at_rest: set[Tensor] = set()  # who have them now, and still do not move
         self.missing: dict[Tensor, dict[str, Any]] = {}
         self.backends: dict[int, str] = {}  # by position, as what follows
         self.gradients: dict[int, Tensor] = {}
@@ -103,6 +117,12 @@ class _Step:
             seen.add(param)
         return found
 
+    def to_make_anew(self) -> list[int]:
+        """The positions of movers whose slow weights are still to be made anew."""
+        found = list(members(self.param_groups))
+        left = self.unmoved - self.missing.keys()
+        return [position for position in self.movers() if found[position].param in left]
+
     def check(
         self, position: int, member: Member, requested: str | None, new_state: NewState
     ) -> None:
@@ -113,7 +133,9 @@ class _Step:
         if self.moved is None:
             self.gradients[position] = plain_grad(param, name)
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
-        known = self.state.get(param, {})
+        known = dict(self.state.get(param, {}))
+        if param in self.unmoved:
+            known.pop("slow_param", None)
         for key in (self.rule.step_name, *(MASTERS if param.dtype in LOW_PRECISION else ())):
             check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
@@ -127,12 +149,14 @@ class _Step:
             missing = new_state(param, self.param_groups[group], known, step_device)
         if missing and where.device.type != "cpu" and is_capturing():
             raise RuntimeError(
-                f"the state of {name} does not exist yet, and made now it would be made anew at "
-                "every replay of the graph: take a step before the capture"
+                f"the state of {name} is not complete yet, and made now it would be made anew at "
+                "every replay of the graph: take a step with lr above 0 before the capture"
             )
         check_state(param, {**known, **missing}, self.rule.streams, name)
         if missing:
             self.missing[param] = missing
+        if "slow_param" in missing and is_at_rest(self.param_groups[group]):
+            self.at_rest.add(param)
 
     def row(self, position: int, member: Member) -> Row:
         """A parameter that the reference moves."""
@@ -175,13 +199,21 @@ class Dispatcher:
         rule: what moves the parameters.
         backend: what the user asked for, or None.
 
-    It does not refer back to the optimizer, and between steps to no tensor: deleting an optimizer,
-    or its state, frees the memory at once.
+    It does not refer back to the optimizer, and between steps to no tensor but parameters that are
+    ``unmoved``: deleting an optimizer, or its state, frees the memory at once.
+
+    Attributes:
+        unmoved: the parameters whose slow weights were made in a step with lr = 0, as
+            torch.distributed.checkpoint makes one into empty state. Weights may be loaded
+            after it: until a step with another lr, each step makes these slow weights anew.
     """
+
+    unmoved: set[Tensor]
 
     def __init__(self, rule: Rule, backend: str | None) -> None:
         self._rule = rule
         self._backend = backend
+        self.unmoved = set()
         self._captured: list[Any] = []  # tables that graphs read, launcher or no launcher
         self._tried: set[Any] = set()
         self._lock = threading.Lock()
@@ -249,7 +281,7 @@ class Dispatcher:
         """
         try:
             native = self._native
-            if native is not None and native.is_one():
+            if native is not None and native.is_one() and not self._to_make_anew():
                 if native.on_host():
                     check_no_capture()
                 told = Told.of(hypers, scaling, on_host=native.on_host())
@@ -259,6 +291,12 @@ class Dispatcher:
             self.launch(hypers, scaling)
         finally:
             self.release()
+
+    def _to_make_anew(self) -> set[Tensor]:
+        """The parameters whose slow weights this step makes anew."""
+        if not self.unmoved or self._rule is LOOKAHEAD:  # which makes them before the inner step
+            return set()
+        return {param for param in self.unmoved if param.grad is not None}
 
     def collect(
         self,
@@ -270,7 +308,7 @@ class Dispatcher:
         """The first half of :meth:`step`: check, and make the state that is missing, which changes
         nothing."""
         self.release()
-        step = self._step = _Step(self._rule, param_groups, state, moved)
+        step = self._step = _Step(self._rule, param_groups, state, moved, self._to_make_anew())
         rest = self._find(step)
         from_host = self._native is not None and self._native.on_host()
         if rest:
@@ -294,7 +332,10 @@ class Dispatcher:
             return [(position, False) for position in step.movers()]
         # What another thread gives other memory meanwhile, a launch must not find freed.
         hold = len(sys._current_frames()) > 1
-        return sorted(self._native.roster.collect(step.param_groups, step.state, step.moved, hold))
+        rest = self._native.roster.collect(step.param_groups, step.state, step.moved, hold)
+        if step.unmoved:
+            rest = (dict.fromkeys(step.to_make_anew(), False) | dict(rest)).items()
+        return sorted(rest)
 
     def _serve(self, found: list[Member]) -> bool:
         """Make sure that there are launchers for these; whether there are new ones."""
@@ -353,8 +394,43 @@ class Dispatcher:
             if self._rows:
                 scales = [grad_scale(hyper, told.unscale, told.norm) for hyper in told.numbers]
                 self._rule.reference(self._rows, told.numbers, scales)
+            if step.unmoved or step.at_rest:
+                self.unmoved = self.unmoved - step.unmoved | step.at_rest
 
-    # --- swaps ----------------------------------------------------------------------------------
+    # --- slow weights ---------------------------------------------------------------------------
+
+    @staticmethod
+    def _slow_weights(param_groups: Groups, state: State) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """For each parameter that has one: the memory of the parameter and of its slow weight.
+
+        Raises:
+            RuntimeError, ValueError: one of them cannot be used.
+        """
+        pairs = {}
+        for param, _, name in members(param_groups):
+            its = state.get(param, {})
+            if "slow_param" in its:
+                check_param(param, name)
+                check_state(param, its, ("slow_param",), name)
+                pairs[param] = plain(param), plain(its["slow_param"])
+        return pairs
+
+    @torch.no_grad()
+    def reset_slow_weights(
+        self, param_groups: Groups, state: State, *, only_unmoved: bool = False
+    ) -> None:
+        """Each slow weight becomes the value that its parameter's next step starts from.
+
+        Interrupts are the caller's to defer.
+        """
+        if only_unmoved and not self.unmoved:
+            return
+        for param, (p, slow) in self._slow_weights(param_groups, state).items():
+            if only_unmoved and param not in self.unmoved:
+                continue
+            # Lookahead reads no more than the parameter, whatever the inner optimizer keeps.
+            kept = {} if self._rule is LOOKAHEAD else state[param]
+            slow.copy_(load(p, {name: plain(kept[name]) for name in MASTERS if name in kept}))
 
     @contextmanager
     def swapped(self, param_groups: Groups, state: State) -> Iterator[None]:
@@ -362,15 +438,10 @@ class Dispatcher:
 
         Interrupts are the caller's to defer.
         """
-        slow = {}
-        for param, _, name in members(param_groups):
-            its = state.get(param, {})
-            if "slow_param" in its:
-                check_param(param, name)
-                check_state(param, its, ("slow_param",), name)
-                slow[param] = its["slow_param"]
         # Whatever becomes of parameters and state within, the memory that is swapped back is alive.
-        pairs = {param: (plain(param), plain(its)) for param, its in slow.items()}
+        pairs = self._slow_weights(param_groups, state)
+        for param in self.unmoved & pairs.keys():  # which are their slow weights
+            del pairs[param]
         alike = [pair for pair in pairs.values() if pair[0].dtype == pair[1].dtype]
         others = [pair for pair in pairs.values() if pair[0].dtype != pair[1].dtype]
         native = self._new_native()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import checkpoint, dispatch, hyperparameters, support
 from .checkpoint import is_step_tensor, step_tensor
-from .dispatch import Dispatcher, members
+from .dispatch import Dispatcher, is_at_rest, members
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .optimizer import FusedOptimizer, new_slow_param
@@ -78,13 +78,15 @@ class Lookahead(SlowWeights, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_ready("copying or pickling")
-        return {"optimizer": self.optimizer, "_options": self._options}
+        unmoved = self._dispatcher.unmoved
+        return {"optimizer": self.optimizer, "_options": self._options, "_unmoved": unmoved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = dict(state["optimizer"].defaults)
         super().__setstate__(state)  # the hooks, and the patch of step()
         state["optimizer"].defaults = known  # torch adds "differentiable" to any
         self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
+        self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -180,15 +182,17 @@ class Lookahead(SlowWeights, Optimizer):
         self._complete_groups()
         params = self._params()
         may_move = [any_may_move or param.grad is not None for param in params]
+        unmoved = self._dispatcher.unmoved
         lacking = {
             param
             for param, moves in zip(params, may_move, strict=True)
-            if moves and "slow_param" not in self.state.get(param, {})
+            if moves
+            and ("slow_param" not in self.state.get(param, {}) or (unmoved and param in unmoved))
         }
         if lacking and is_capturing():
             raise RuntimeError(
                 "slow weights made in a capture would be made anew at every replay of the CUDA "
-                "graph: take a step before the capture"
+                "graph: take a step with lr above 0 before the capture"
             )
         for param, _, name in members(self.param_groups):
             if param in lacking:
@@ -214,10 +218,15 @@ class Lookahead(SlowWeights, Optimizer):
     def _pull(self, first: dict[Tensor, Tensor], moved: list[bool]) -> None:
         """Count a step of the parameters that moved, and interpolate where a cycle ends."""
         if first:
-            for param, moves in zip(self._params(), moved, strict=True):
+            unmoved = self._dispatcher.unmoved
+            for (param, group, _), moves in zip(members(self.param_groups), moved, strict=True):
                 if moves and param in first:
                     # Not before: an empty state is how optimizers know a parameter's first step.
                     self.state[param]["slow_param"] = first[param]
+                    if is_at_rest(self.param_groups[group]):
+                        unmoved.add(param)
+                    else:
+                        unmoved.discard(param)
         hypers = [interpolation(group) for group in self.param_groups]
         self._dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
 
@@ -236,6 +245,7 @@ class Lookahead(SlowWeights, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's ``state_dict()``, with the slow weights among the state."""
         self._check_ready("state_dict()")
+        self._dispatcher.reset_slow_weights(self.param_groups, self.state, only_unmoved=True)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self.optimizer.state_dict()

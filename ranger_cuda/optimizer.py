@@ -71,6 +71,7 @@ class FusedOptimizer(Optimizer):
     def _prepare(self) -> None:
         # Made anew rather than copied or pickled.
         self._dispatcher = Dispatcher(self._rule, self._options["backend"])
+        self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())  # of what it is a copy of
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
@@ -181,6 +182,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as a dict, in ``torch.optim``'s format."""
         self._check_ready("state_dict()")
+        self._dispatcher.reset_slow_weights(self.param_groups, self.state, only_unmoved=True)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -217,7 +219,8 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_ready("copying or pickling")
-        return {**super().__getstate__(), "_options": self._options}
+        kept = {"_options": self._options, "_unmoved": self._dispatcher.unmoved}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called to unpickle and copy, and by load_state_dict with new groups and states.

@@ -41,7 +41,13 @@ class RAdam(FusedOptimizer):
             PyTorch does.
         state_dtype: of the moments; float32 (float64 parameters keep float64).
         max_grad_norm: scale gradients down so that the 2-norm of all of the optimizer's gradients
-            is at most this; None: no clipping. The gradients themselves are not written.
+            is at most this; None: no clipping. The gradients themselves are not written. The norm
+            is over all ranks for DTensors (FSDP2, tensor parallelism) only. Where a rank's
+            optimizer has plain tensors that are a part of the model, every rank would clip by a
+            norm of its own: it is refused for FullyShardedDataParallel, whose
+            ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
+            with an optimizer for each parameter, leave it None and call
+            ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflown
             steps to the step itself.
         foreach, fused, capturable: taken so that existing calls go on to work; every step here is

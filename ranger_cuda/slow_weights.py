@@ -6,8 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
-from .dispatch import Dispatcher
+import torch
+
+from .dispatch import Dispatcher, members
 from .interrupts import Deferred, insist
+from .tensors import DTensor, FSDPModule, is_fsdp1_s
 
 
 class SlowWeights:
@@ -18,21 +21,48 @@ class SlowWeights:
     _dispatcher: Dispatcher
     _slow_weights_are_in = False
 
-    def slow_weights(self) -> AbstractContextManager[None]:
+    def slow_weights(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
         """Evaluate on the slow weights::
 
             with optimizer.slow_weights():
                 validate(model)
+
+        Under FSDP2 (``fully_shard``) it is ``optimizer.slow_weights(model)``, with the whole model
+        that the optimizer trains. What its modules have gathered is freed at both ends, so that no
+        forward pass takes it for the weights of now.
 
         Within the context every parameter holds its slow weight; on leaving it, whatever happens
         within, each gets its own bits back. It is for reading: what is written to a parameter in
         between does not last. A parameter that has not been stepped yet stays as it is. ``step``,
         ``state_dict``, ``load_state_dict`` and copies of the optimizer are refused in between.
 
+        Args:
+            model: is not needed unless parameters are sharded by FSDP2.
+
         Raises:
-            RuntimeError: the slow weights are swapped in already.
+            RuntimeError: the slow weights are swapped in already; a parameter is a DTensor that
+                ``model`` does not have, in a process that uses FSDP2; or one of
+                FullyShardedDataParallel's, whose gathered weights nobody can free. Parts of a model
+                that ZeRO deals out to ranks look like any other parameters: their slow weights
+                are swapped in on this rank alone.
         """
-        return _Evaluation(self)
+        return _Evaluation(self, model)
+
+    def reset_slow_weights(self) -> None:
+        """Let every slow weight be its parameter as it is now.
+
+        For weights that were loaded or rolled back without this optimizer's state: the next sync
+        would pull half-way back to those of before. (After ``load_state_dict`` there is nothing to
+        reset, nor before the first step with ``lr`` above 0, unless ``lr`` is a tensor on an
+        accelerator.) The slow weights are written in place; step counts and cycles stay.
+
+        Raises:
+            RuntimeError: the slow weights are swapped in, or a slow weight does not fit its
+                parameter. Nothing has been changed then.
+        """
+        self._check_ready("reset_slow_weights()")
+        with self._dispatcher.alone(), Deferred():
+            self._dispatcher.reset_slow_weights(self.param_groups, self.state)
 
     def _check_ready(self, call: str) -> None:
         if self._slow_weights_are_in:
@@ -45,14 +75,17 @@ class SlowWeights:
 class _Evaluation(ContextDecorator, AbstractContextManager[None]):
     """Both of its ends run whole, whatever interrupts."""
 
-    def __init__(self, optimizer: SlowWeights) -> None:
+    def __init__(self, optimizer: SlowWeights, model: torch.nn.Module | None) -> None:
         self._optimizer = optimizer
+        self._model = model
         self._lock: Any = None
         self._swap: AbstractContextManager[None] | None = None
         self._has_ended = False
 
     def _recreate_cm(self) -> _Evaluation:
-        return _Evaluation(self._optimizer)  # for each call of a function that it decorates
+        return _Evaluation(
+            self._optimizer, self._model
+        )  # for each call of a function that it decorates
 
     def __enter__(self) -> None:
         leave = self._leave()
@@ -76,6 +109,8 @@ class _Evaluation(ContextDecorator, AbstractContextManager[None]):
         lock = optimizer._dispatcher.alone()
         lock.acquire()
         self._lock = lock
+        self._reshard()
+        self._check_shards()
         swap = optimizer._dispatcher.swapped(optimizer.param_groups, optimizer.state)
         swap.__enter__()
         self._swap = swap
@@ -89,5 +124,35 @@ class _Evaluation(ContextDecorator, AbstractContextManager[None]):
                     self._optimizer._slow_weights_are_in = False
                     self._swap.__exit__(None, None, None)
             finally:
-                if self._lock is not None:
-                    self._lock.release()
+                try:
+                    self._reshard()
+                finally:
+                    if self._lock is not None:
+                        self._lock.release()
+
+    def _reshard(self) -> None:
+        """Free what FSDP2 has gathered, which is of the weights before a swap."""
+        for module in () if self._model is None else self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _check_shards(self) -> None:
+        held = set() if self._model is None else set(self._model.parameters())
+        is_fsdp2_used = bool(FSDPModule.__subclasses__())  # one for each class of sharded modules
+        for param, _, name in members(self._optimizer.param_groups):
+            if is_fsdp1_s(param):
+                raise RuntimeError(
+                    f"slow_weights(): {name} is FullyShardedDataParallel's, which may hold weights "
+                    "that it gathered before; shard with torch.distributed.fsdp.fully_shard to "
+                    "evaluate on slow weights"
+                )
+            if is_fsdp2_used and isinstance(param, DTensor) and param not in held:
+                raise RuntimeError(
+                    f"slow_weights(): {name} is a DTensor, and FSDP2 may hold weights that it "
+                    "gathered before; "
+                    + (
+                        "give it the model: optimizer.slow_weights(model)"
+                        if self._model is None
+                        else "it is not a parameter of the model that was given: give the whole one"
+                    )
+                )

@@ -13,8 +13,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .rounding import compute_dtype
 
 if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-else:  # a torch built without it has no DTensors to tell apart
+else:  # a torch built without it has none of these to tell apart
+
+    class FSDPModule:  # type: ignore[no-redef]
+        """Never a module's."""
 
     class DTensor(Tensor):  # type: ignore[no-redef]
         """Never instantiated."""
@@ -45,6 +49,12 @@ def local(tensor: Tensor) -> Tensor:
         shard = tensor.to_local()
     # A shard that is still being communicated is a wrapper around the tensor to wait for.
     return shard.wait() if hasattr(shard, "wait") else shard
+
+
+def is_fsdp1_s(param: Tensor) -> bool:
+    """Whether ``param`` is a flat parameter of FullyShardedDataParallel, or (``use_orig_params``) a
+    view of one: a plain tensor, but of this rank alone."""
+    return "_fsdp_flattened" in vars(param)  # which torch marks them with
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import traceback
 from unittest import mock
@@ -24,9 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
@@ -154,7 +155,7 @@ def mixed(rank, folder):
         train(single, reference, [step])
     assert torch.equal(*extra)
     assert_same_run(model, optimizer, single, reference, "mixed")
-    with optimizer.slow_weights(), reference.slow_weights():
+    with optimizer.slow_weights(model), reference.slow_weights():
         assert_same_run(model, optimizer, single, reference, "mixed, slow weights")
     assert_same_run(model, optimizer, single, reference, "mixed, and back")
 
@@ -241,6 +242,139 @@ def empty_state(rank, folder):
             assert (loaded.state[p]["slow_param"] == 2.0).all()
 
 
+def loaded_later(rank, folder):
+    """Weights may be loaded after torch.distributed.checkpoint has filled the optimizer's state, or
+    before, or in mid-run: the slow weights are those of the weights that are trained."""
+    trained = sharded()
+    with torch.no_grad():
+        for param in trained.parameters():
+            param.mul_(-3)
+    dcp.save({"model": trained.state_dict()}, checkpoint_id=folder)
+
+    def load(model):
+        saved = {"model": model.state_dict()}
+        dcp.load(saved, checkpoint_id=folder)
+        model.load_state_dict(saved["model"])
+
+    for build, is_first in itertools.product(BUILDS, (False, True)):
+        model, single = sharded(), Awkward()
+        optimizer, reference = build(model.parameters()), build(single.parameters())
+        load(single)
+        get_optimizer_state_dict(single, reference)
+        if is_first:
+            load(model)
+        get_optimizer_state_dict(model, optimizer)
+        load(model)
+        for step in range(8):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+            assert_same_run(model, optimizer, single, reference, f"{is_first=}, step {step}")
+
+        for each, its in ((model, optimizer), (single, reference)):
+            load(each)
+            its.reset_slow_weights()
+        for p, q in zip(model.parameters(), trained.parameters(), strict=True):
+            assert_same_bits(full(optimizer.state[p]["slow_param"]), full(q), "reset")
+        train(model, optimizer, range(8, 13))
+        train(single, reference, range(8, 13))
+        assert_same_run(model, optimizer, single, reference, "loaded in mid-run")
+
+
+def evaluation(rank, folder):
+    """FSDP2 keeps gathered weights after a forward pass: none of them is of before an evaluation on
+    the slow weights within it, and none of within it afterwards."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
+
+    def make(reshard_after_forward):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        plain = copy.deepcopy(model)
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        return model, plain
+
+    def step_on(model, optimizer):
+        model(inputs).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for build, reshards in itertools.product(BUILDS, (True, False)):
+        (model, plain), (other, _) = make(reshards), make(reshards)
+        optimizer, reference = build(model.parameters()), build(other.parameters())
+
+        evaluate = optimizer.slow_weights(model)(functools.partial(model, inputs))
+
+        for step in range(5):
+            step_on(model, optimizer)
+            step_on(other, reference)
+            names = [name for name, _ in model.named_parameters()]
+            slow = [full(optimizer.state[p]["slow_param"]) for p in model.parameters()]
+            plain.load_state_dict(dict(zip(names, slow, strict=True)))
+            with torch.no_grad():
+                before = model(inputs)
+                with optimizer.slow_weights(model):
+                    assert torch.equal(model(inputs), plain(inputs)), f"inside, step {step}"
+                assert torch.equal(model(inputs), before), f"after, step {step}"
+                assert torch.equal(evaluate(), plain(inputs)), f"inside again, step {step}"
+            assert_same_run(model, optimizer, other, reference, f"{reshards=}, step {step}")
+
+
+def evaluation_refused(rank, folder):
+    """Without the model nobody can free the weights that FSDP gathered of it."""
+    model, single = sharded(), Awkward()
+    optimizer = Ranger(model.parameters(), **OPTIONS)
+    train(model, optimizer, [0])
+    for wrong, says in ((None, "give it the model"), (single, "not a parameter of the model")):
+        with pytest.raises(RuntimeError, match=says):
+            optimizer.slow_weights(wrong).__enter__()
+    optimizer.step()
+
+    for use_orig_params in (False, True):
+        flat = FullyShardedDataParallel(
+            nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        optimizer = Ranger(flat.parameters(), **OPTIONS)
+        flat(torch.ones(4)).sum().backward()
+        optimizer.step()
+        for model in (None, flat):
+            with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*fully_shard"):
+                optimizer.slow_weights(model).__enter__()
+        optimizer.step()
+
+
+def clipping_refused(rank, folder):
+    """The norm of one rank's part of a flat parameter is no norm to clip by."""
+    for use_orig_params in (False, True):
+        flat = FullyShardedDataParallel(
+            nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        optimizer = Ranger(flat.parameters(), max_grad_norm=1.0, **OPTIONS)
+        flat(torch.ones(4) * (rank + 1)).sum().backward()
+        before = [p.detach().clone() for p in flat.parameters()]
+        with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel.*clip_grad_norm_"):
+            optimizer.step()
+        for p, q in zip(flat.parameters(), before, strict=True):
+            assert_same_bits(p, q, "refused")
+        assert not optimizer.state
+
+
+def tensor_parallel(rank, folder):
+    """DTensors that no FSDP gathers need no model. (Before any check that uses FSDP2.)"""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    single = nn.Parameter(torch.arange(8.0))
+    param = nn.Parameter(distribute_tensor(single.detach().clone(), mesh, [Shard(0)]))
+    optimizer, reference = Ranger([param], **OPTIONS), Ranger([single], **OPTIONS)
+    for _ in range(4):
+        single.grad = torch.ones(8)
+        param.grad = distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+        optimizer.step()
+        reference.step()
+    with optimizer.slow_weights(), reference.slow_weights():
+        assert_same_bits(full(param), single.detach(), "inside")
+    assert_same_bits(full(param), single.detach(), "after")
+
+
 def zero(rank, folder):
     """ZeroRedundancyOptimizer deals whole parameters out to ranks."""
     model, single = Awkward(), Awkward()
@@ -285,7 +419,22 @@ def moving(rank, folder):
 
 CHECKS = {
     check.__name__: check
-    for check in (ddp, fsdp2, backward, mixed, clipping, resharding, empty_state, zero, moving)
+    for check in (
+        tensor_parallel,
+        ddp,
+        fsdp2,
+        backward,
+        mixed,
+        clipping,
+        clipping_refused,
+        evaluation,
+        evaluation_refused,
+        resharding,
+        empty_state,
+        loaded_later,
+        zero,
+        moving,
+    )
 }
 
 
@@ -299,7 +448,7 @@ def work(rank, folder, results):
         try:
             check(rank, f"{folder}/{name}")
             problem = ""
-        except Exception:
+        except BaseException:  # such as what pytest.raises fails with
             problem = traceback.format_exc()
         results.put((name, rank, problem))
         dist.barrier()
