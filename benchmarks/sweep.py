@@ -1,4 +1,4 @@
-"""Which block size, chunk and unrolling of csrc/cuda/tables.h is fastest on this GPU.
+"""Which block size, chunk and loads in flight of csrc/cuda/tables.h are fastest on this GPU.
 
     python benchmarks/sweep.py --out FILE.json
 
@@ -48,7 +48,8 @@ class Choice(NamedTuple):
 
     threads: int
     chunk: int
-    unroll: int
+    packs: int
+    blocks: int
 
     @property
     def macros(self) -> str:
@@ -56,7 +57,9 @@ class Choice(NamedTuple):
         return " ".join(f"-DRANGER_CUDA_{k.upper()}={v}" for k, v in self._asdict().items())
 
     def __str__(self) -> str:
-        return f"{self.threads} threads, chunk {self.chunk}, unroll {self.unroll}"
+        return (
+            f"{self.threads} threads, chunk {self.chunk}, {self.packs} packs, {self.blocks} blocks"
+        )
 
 
 def main() -> int:
@@ -64,7 +67,8 @@ def main() -> int:
     args = arguments()
     device = torch.device(args.device)
     choices = [
-        Choice(*drawn) for drawn in itertools.product(args.threads, args.chunks, args.unrolls)
+        Choice(*drawn)
+        for drawn in itertools.product(args.threads, args.chunks, args.packs, args.blocks)
     ]
     folder = args.builds or Path(tempfile.mkdtemp(prefix="ranger_sweep_"))
     begun = time.monotonic()
@@ -102,9 +106,10 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = {"type": int, "nargs": "+", "metavar": "N"}
-    parser.add_argument("--threads", default=[128, 256, 512], **numbers)
-    parser.add_argument("--chunks", default=[4096, 8192, 16384, 32768, 65536], **numbers)
-    parser.add_argument("--unrolls", default=[1, 2, 4], **numbers)
+    parser.add_argument("--threads", default=[256], **numbers)
+    parser.add_argument("--chunks", default=[2048, 8192, 32768], **numbers)
+    parser.add_argument("--packs", default=[1, 2], **numbers)
+    parser.add_argument("--blocks", default=[3, 4, 5], **numbers)
     parser.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, default=["2.5e8", "1000 x 1024"]
     )

@@ -24,8 +24,8 @@ namespace ranger::cuda {
 #endif
 constexpr int kThreads = RANGER_CUDA_THREADS;      // of a block
 constexpr int64_t kChunkSize = RANGER_CUDA_CHUNK;  // elements of a block
-constexpr int kPacks = RANGER_CUDA_PACKS;    // 16-byte loads of a thread from each float32 stream at a time
-constexpr int kBlocks = RANGER_CUDA_BLOCKS;  // side by side on a multiprocessor, at least
+constexpr int kPacks = RANGER_CUDA_PACKS;          // 16-byte loads of a thread from each stream
+constexpr int kBlocks = RANGER_CUDA_BLOCKS;        // side by side on a multiprocessor, at least
 
 // --- on the device from step to step -----------------------------------------------------------
 
