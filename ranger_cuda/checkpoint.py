@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from . import hyperparameters
+from . import hyperparameters, rounding
 from .tensors import DTensor, check_allocated, is_count, local, shown, state_dtype
 
 COUNTS = ("step", "lookahead_step")
 # State of the parameter's shape: its precision is the parameter's, or its own.
 MOMENTS = ("exp_avg", "exp_avg_sq", "slow_param")
-MASTERS = {"residual": torch.int16, "master": torch.float32}
-MASTER_OF = {torch.bfloat16: "residual", torch.float16: "master"}
+MASTERS = dict(rounding.MASTERS.values())
 LOOKAHEAD = ("slow_param", "lookahead_step")
 # Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
 FOREIGN_KEYS = ("amsgrad", "momentum_decay", "N_sma_threshhold")
@@ -51,13 +50,13 @@ def shield_state(
         RuntimeError: a state has no memory. Nothing has been changed in either case.
     """
     params = parameters(state_dict, optimizer.param_groups)
+    lookahead = "slow_param" in names
     foreign = []
     groups = []
     for i, (saved, group) in enumerate(
         zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     ):
         saved = dict(saved)
-        lookahead = "lookahead_k" in optimizer.defaults
         if lookahead:
             hyperparameters.rename_lookahead(saved)
         with naming(i):
@@ -81,9 +80,11 @@ def shield_state(
                 f"loaded state dict: the state of parameter {key} has {list(value)} but no "
                 f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
             )
+        master = rounding.master_state(params[key].dtype, "exact")
+        known = names if master is None else (*names, master[0])
         kept = {}
         for name, item in value.items():
-            if name in names or name == MASTER_OF.get(params[key].dtype):
+            if name in known:
                 check_value(name, item, params[key], key)
             elif name in MASTERS or name in LOOKAHEAD:
                 continue  # of another precision, or of another kind of optimizer
@@ -95,7 +96,7 @@ def shield_state(
     who = type(optimizer).__name__
     report(foreign, who, strict)
     slow = any("slow_param" in state_dict["state"].get(key, ()) for key in params)
-    if slow and "slow_param" not in names:
+    if slow and not lookahead:
         warnings.warn(
             f"loaded state dict: 'slow_param' was left out, as {who} has no slow weights; to go on "
             "with them, load it into Ranger or Lookahead",

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Name and dtype of the state that completes a parameter.
+MASTERS = {torch.bfloat16: ("residual", torch.int16), torch.float16: ("master", torch.float32)}
+LOW_PRECISION = tuple(MASTERS)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +31,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def master_state(dtype: torch.dtype, weight_rounding: str) -> tuple[str, torch.dtype] | None:
     """Name and dtype of the state that completes a parameter of ``dtype``; None if none does."""
-    if weight_rounding != "exact" or dtype not in LOW_PRECISION:
-        return None
-    return ("residual", torch.int16) if dtype == torch.bfloat16 else ("master", torch.float32)
+    return MASTERS.get(dtype) if weight_rounding == "exact" else None
 
 
 def new_master_state(param: Tensor, name: str, dtype: torch.dtype) -> Tensor:

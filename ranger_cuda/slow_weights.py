@@ -83,9 +83,8 @@ class _Evaluation(ContextDecorator, AbstractContextManager[None]):
         self._has_ended = False
 
     def _recreate_cm(self) -> _Evaluation:
-        return _Evaluation(
-            self._optimizer, self._model
-        )  # for each call of a function that it decorates
+        # For each call of a function that it decorates.
+        return _Evaluation(self._optimizer, self._model)
 
     def __enter__(self) -> None:
         leave = self._leave()

@@ -21,9 +21,13 @@ struct alignas(sizeof(T) * kWidth) Pack {
 template <typename T>
 constexpr int kFullWidth = 16 / sizeof(T);
 
-// float64 takes twice the registers.
+// float64 takes twice the registers; places of strided elements take too many to ask for any.
 template <typename T>
 constexpr int kPacksOf = sizeof(T) > 4 ? (kPacks + 1) / 2 : kPacks;
+template <typename T, bool kStrided>
+constexpr int kLeastBlocksOf = kStrided        ? 1
+                               : sizeof(T) > 4 ? (kBlocks + 1) / 2
+                                               : kBlocks;
 
 // A stream's memory from some element on. On a 16-byte boundary `kWidth` neighbours are one access;
 // elsewhere, as for gradients that are views of a flat bucket, they are one each, in the same
@@ -255,7 +259,7 @@ template <typename T, bool kStrided>
 struct RadamKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
-  static constexpr int kLeastBlocks = kStrided ? 1 : sizeof(T) > 4 ? (kBlocks + 1) / 2 : kBlocks;
+  static constexpr int kLeastBlocks = kLeastBlocksOf<T, kStrided>;
 
   template <class Thread>
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared& staged) {
@@ -299,7 +303,7 @@ template <typename T, bool kStrided, class Rule>
 struct SlowKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
-  static constexpr int kLeastBlocks = kStrided ? 1 : sizeof(T) > 4 ? (kBlocks + 1) / 2 : kBlocks;
+  static constexpr int kLeastBlocks = kLeastBlocksOf<T, kStrided>;
 
   struct Body {
     Memory<T> p;

@@ -37,7 +37,7 @@ void append_layout(std::vector<int64_t>& words, const Layout& layout) {
   }
 }
 
-// Calls `run` with the kernel of a rule for rows of a kind: by<RadamOf>(launch, run).
+// Calls `run` with the kernel for a launch's kind of rows: by_kind<RadamKernel>(launch, run).
 template <template <typename T, bool kStrided> class KernelOf, class Run>
 void by_kind(const Launch& launch, const Run& run) {
   if (launch.dtype == DType::kFloat64) {

@@ -272,13 +272,13 @@ def radam_block(words, i, mask, c, l2, rectified, sync, T: tl.constexpr):
     g = load(words.g, i.g, mask, T)
     m = load(words.m, i.m, mask, T)
     v = load(words.v, i.v, mask, T)
+    slow = p
     if sync:
         slow = load(words.slow, i.slow, mask, T)
-        p, m, v = radam(p, g, m, v, c, l2, rectified)
+    p, m, v = radam(p, g, m, v, c, l2, rectified)
+    if sync:
         p = lookahead(p, slow, c.alpha)
         store(words.slow, i.slow, p, mask, T)
-    else:
-        p, m, v = radam(p, g, m, v, c, l2, rectified)
     store(words.p, i.p, p, mask, T)
     store(words.m, i.m, m, mask, T)
     store(words.v, i.v, v, mask, T)
