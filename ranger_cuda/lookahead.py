@@ -21,6 +21,8 @@ from .slow_weights import SlowWeights
 from .tensors import check_param, is_capturing
 
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
+# Of the function that torch makes of every class's step(), which runs the hooks.
+HOOKED = Optimizer.profile_hook_step(lambda: None).__code__  # type: ignore[attr-defined]
 
 
 class Lookahead(SlowWeights, Optimizer):
@@ -150,11 +152,18 @@ class Lookahead(SlowWeights, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step of the inner optimizer, and every ``k`` of them a pull to slow weights.
 
+        Hooks that are registered for every optimizer run once, around the whole of it; the inner
+        optimizer's own run around its step.
+
         Args:
             closure: re-evaluates the model and returns the loss; optional.
 
         Returns:
             What the inner optimizer's ``step`` returned.
+
+        Raises:
+            RuntimeError: another step is under way, or a parameter, its state or its slow weight
+                cannot be used. Nothing has been changed then.
         """
         self._check_ready("step()")
         with self._dispatcher.alone():
@@ -163,9 +172,10 @@ class Lookahead(SlowWeights, Optimizer):
             moved = self._have_gradient()
             with Deferred() as deferred:  # an interrupt in between would lose a step of the cycle
                 if closure is None:
-                    result = self.optimizer.step()
+                    result = step_with_own_hooks(self.optimizer)
                 else:
-                    result = self.optimizer.step(deferred.interruptible(closure))
+                    called = deferred.interruptible(closure)
+                    result = step_with_own_hooks(self.optimizer, called)
                 self._pull(first, self._have_gradient() if any_may_move else moved)
         return result
 
@@ -268,8 +278,8 @@ class Lookahead(SlowWeights, Optimizer):
 
         Raises:
             ValueError: the checkpoint does not fit.
-            RuntimeError: the memory of a state was given back. Whatever is raised, by the inner
-                optimizer too, nothing has been changed.
+            RuntimeError: the memory of a state was given back, or a step is under way. Whatever is
+                raised, by the inner optimizer too, nothing has been changed.
         """
         self._check_ready("load_state_dict()")
         checkpoint.check_kind(state_dict, dict, "it")
@@ -278,29 +288,19 @@ class Lookahead(SlowWeights, Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
 
+        with self._dispatcher.alone():  # in the middle of a step, its pull would count to the new
+            self._load(state_dict, strict)
+        for done_hook in self._optimizer_load_state_dict_post_hooks.values():
+            done_hook(self)
+
+    def _load(self, state_dict: dict[str, Any], strict: bool) -> None:
         params = checkpoint.parameters(state_dict, self.param_groups)
         groups = []
         for i, saved in enumerate(state_dict["param_groups"]):
             with checkpoint.naming(i):
                 groups.append(hyperparameters.with_whole_period(saved))
                 self._check_group(groups[-1])
-        inner, ours, foreign = {}, {}, []
-        for key, value in state_dict["state"].items():
-            if isinstance(value, dict):
-                mine = {name: value[name] for name in checkpoint.LOOKAHEAD if name in value}
-                if mine and key not in params:
-                    foreign.append(f"the state of {key!r}, which no group names")
-                    continue
-                if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
-                    mine.setdefault("lookahead_step", value["step"])
-                for name, item in mine.items():
-                    checkpoint.check_value(name, item, params[key], key)
-                others = [name for name in value if name not in mine and is_lookaheads(name)]
-                foreign += map(repr, others)
-                value = {n: v for n, v in value.items() if n not in mine and n not in others}
-                ours[key] = mine
-            inner[key] = value
-        checkpoint.report(foreign, "Lookahead", strict)
+        inner, ours = split_state(state_dict["state"], params, strict)
         restored = {
             param: checkpoint.restore_state(param, ours[key])
             for key, param in params.items()
@@ -324,9 +324,8 @@ class Lookahead(SlowWeights, Optimizer):
             # Optimizers of torch notice some of what is wrong when half of it is theirs already.
             self.optimizer.__dict__ = before
             raise
-        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
-        for done_hook in self._optimizer_load_state_dict_post_hooks.values():
-            done_hook(self)
+        self._dispatcher.reset()
+        self._dispatcher.unmoved = set()
 
     def _own(self, loaded: Any) -> None:
         """Copy the state that the inner optimizer took over from ``loaded`` as it was."""
@@ -338,6 +337,50 @@ class Lookahead(SlowWeights, Optimizer):
         with torch.inference_mode(False):  # what is made in it could not be written outside
             for key, value in self.state.items():
                 self.state[key] = tree_map_only(Tensor, own, value)
+
+
+def step_with_own_hooks(optimizer: Optimizer, *args: Any) -> Any:
+    """``optimizer.step(*args)`` without the hooks that are registered for every optimizer."""
+    step: Any = optimizer.step
+    if hasattr(step, "_wrapped_by_lr_sched"):  # by a scheduler, which asks whether it was called
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        step = step.__wrapped__.__get__(optimizer)
+    function: Any = getattr(step, "__func__", None)
+    if getattr(function, "__code__", None) is not HOOKED:
+        return step(*args)  # somebody's own, who decides what runs around it
+    args, kwargs = (optimizer, *args), dict[str, Any]()
+    for pre_hook in optimizer._optimizer_step_pre_hooks.values():
+        changed = pre_hook(optimizer, args, kwargs)
+        if changed is not None:
+            args, kwargs = changed
+    result = function.__wrapped__(*args, **kwargs)
+    for post_hook in optimizer._optimizer_step_post_hooks.values():
+        post_hook(optimizer, args, kwargs)
+    return result
+
+
+def split_state(
+    state: dict[Any, Any], params: dict[Any, Tensor], strict: bool
+) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
+    """A checkpoint's state as the inner optimizer's and Lookahead's, which is checked."""
+    inner, ours, foreign = {}, {}, []
+    for key, value in state.items():
+        if isinstance(value, dict):
+            mine = {name: value[name] for name in checkpoint.LOOKAHEAD if name in value}
+            if mine and key not in params:
+                foreign.append(f"the state of {key!r}, which no group names")
+                continue
+            if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
+                mine.setdefault("lookahead_step", value["step"])
+            for name, item in mine.items():
+                checkpoint.check_value(name, item, params[key], key)
+            others = [name for name in value if name not in mine and is_lookaheads(name)]
+            foreign += map(repr, others)
+            value = {n: v for n, v in value.items() if n not in mine and n not in others}
+            ours[key] = mine
+        inner[key] = value
+    checkpoint.report(foreign, "Lookahead", strict)
+    return inner, ours
 
 
 def is_lookaheads(name: Any) -> bool:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import threading
 
 import pytest
 import torch
 from torch import optim
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from optimizer_infos import bytes_of, random_params, same, set_grads, snapshot, train
 from ranger_cuda import Lookahead, RAdam, Ranger
@@ -226,6 +232,118 @@ def test_hooks_of_the_inner_optimizer_run():
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     train(optimizer, params, [0])
     assert calls == ["pre", "inner pre", "inner post", "post"]
+
+
+@pytest.mark.parametrize("has_scheduler", [True, False])
+def test_global_hooks_run_once_around_the_step_and_its_pull(has_scheduler):
+    params = random_params(*SHAPES)
+    inner = optim.SGD(params, lr=0.1)
+    scheduler = lr_scheduler.StepLR(inner, 1) if has_scheduler else None  # replaces inner.step
+    optimizer = Lookahead(inner, k=1, alpha=0.5)
+    seen = []
+    see = lambda name: lambda which, *_: seen.append((name, which, snapshot(optimizer)))  # noqa: E731
+    handles = [
+        register_optimizer_step_pre_hook(see("pre")),
+        register_optimizer_step_post_hook(see("post")),
+    ]
+    try:
+        for step, closure in enumerate([None, lambda: None]):
+            before = snapshot(optimizer)
+            set_grads(params, step)
+            optimizer.step(closure)
+            assert [(name, which) for name, which, _ in seen] == [
+                ("pre", optimizer),
+                ("post", optimizer),
+            ]
+            assert same([state for *_, state in seen], [before, snapshot(optimizer)])
+            seen.clear()
+            if scheduler:
+                scheduler.step()  # warns if it finds that no step was taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("which", ["wrapper", "inner"])
+def test_a_hook_may_replace_the_arguments_of_a_step(which):
+    params = random_params(*SHAPES)
+    optimizer = Lookahead(optim.SGD(params, lr=0.1))
+    hook = optimizer if which == "wrapper" else optimizer.optimizer
+    hook.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 5.0), kwargs))
+    assert optimizer.step() == 5.0
+
+
+@pytest.mark.parametrize("on", ["class", "instance"])
+def test_what_replaced_the_inner_step_is_called(on):
+    class Mine(optim.SGD):
+        pass
+
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    inner = Mine(params, lr=0.1)
+    owner = Mine if on == "class" else inner
+    calls, step_before = [], owner.step
+
+    @functools.wraps(step_before)
+    def replaced(*args):
+        calls.append(args)
+        return step_before(*args)
+
+    owner.step = replaced
+    optimizer = Lookahead(inner, K, ALPHA)
+    reference = WrittenOut(others, lambda p: optim.SGD(p, lr=0.1))
+    for step in range(2 * K):
+        step_on(optimizer, params, step)
+        step_on(reference, others, step)
+        assert same(list(params), list(others)), step
+    assert len(calls) == 2 * K
+
+
+@pytest.mark.parametrize("call", ["step", "load_state_dict"])
+@pytest.mark.parametrize("of_inner", [optim.SGD, RAdam])
+def test_nothing_comes_between_a_step_and_its_pull(of_inner, call):
+    """Neither another thread nor a hook; or the inner optimizer's step were in no cycle."""
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    inner = of_inner(params, lr=0.1)
+    optimizer = train(Lookahead(inner, K, ALPHA), params, [0])
+    expected = train(Lookahead(of_inner(others, lr=0.1), K, ALPHA), others, range(K + 1))
+    saved = copy.deepcopy(optimizer.state_dict())
+    refusals = []
+
+    def meddle(*_):
+        try:
+            optimizer.step() if call == "step" else optimizer.load_state_dict(saved)
+        except RuntimeError as error:
+            refusals.append(str(error))
+
+    def meddle_everywhere(*_):
+        meddle()
+        thread = threading.Thread(target=meddle)
+        thread.start()
+        thread.join()
+
+    inner.register_step_pre_hook(meddle_everywhere)
+    inner.register_step_post_hook(meddle_everywhere)
+    train(optimizer, params, range(1, K + 1))
+    assert len(refusals) == 4 * K
+    assert all("another step of this optimizer is under way" in text for text in refusals)
+    assert same(snapshot(optimizer), snapshot(expected))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_slow_weight_that_is_missing_starts_at_the_parameter(backend):
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    optimizer = Lookahead(optim.SGD(params, lr=0.1), K, ALPHA, backend=backend)
+    train(optimizer, params, range(K + 1))
+    train(optim.SGD(others, lr=0.1), others, range(3))
+    for param, other in zip(params, others, strict=True):
+        param.data.copy_(other.data)
+        del optimizer.state[param]["slow_param"]
+    reference = WrittenOut(others, lambda p: optim.SGD(p, lr=0.1))
+    reference.t = K + 1  # the cycle goes on
+    for step in range(2 * K):
+        step_on(optimizer, params, step)
+        step_on(reference, others, step)
+        assert same(list(params), list(others)), step
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

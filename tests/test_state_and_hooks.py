@@ -214,8 +214,7 @@ def test_hooks_of_all_optimizers_run_around_those_of_this_one(config):
     calls = []
 
     def note(name):
-        # Of the optimizer that was called: a wrapper's inner one has global hooks, too.
-        return lambda who, *_: calls.append(name) if who is optimizer else None
+        return lambda who, *_: calls.append((name, who))
 
     handles = [
         register_optimizer_step_pre_hook(note("global pre")),
@@ -228,7 +227,8 @@ def test_hooks_of_all_optimizers_run_around_those_of_this_one(config):
     finally:
         for handle in handles:
             handle.remove()
-    assert calls == ["global pre", "pre", "post", "global post"]
+    names = ("global pre", "pre", "post", "global post")
+    assert calls == [(name, optimizer) for name in names]
     train(optimizer, params, [1])
     assert len(calls) == 4
 
