@@ -22,7 +22,7 @@ from .tensors import check_param, is_capturing
 
 GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
 # Of the function that torch makes of every class's step(), which runs the hooks.
-HOOKED = Optimizer.profile_hook_step(lambda: None).__code__  # type: ignore[attr-defined]
+HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 class Lookahead(SlowWeights, Optimizer):
