@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -27,40 +29,14 @@ namespace {
 
 // --- what comes from Python ----------------------------------------------------------------------
 
-// The fields of ranger_cuda.hyperparameters.Hyperparameters, in its order.
-Hyperparameters to_hyperparameters(const py::tuple& fields) {
-  enum {
-    kLr,
-    kBeta1,
-    kBeta2,
-    kEps,
-    kDecay,
-    kRhoThreshold,
-    kAlpha,
-    kK,
-    kMaxGradNorm,
-    kDecoupled,
-    kMaximize,
-    kCount
-  };
-  if (fields.size() != kCount) throw py::value_error("a group has eleven hyperparameters");
-  const auto number = [&](int i) { return fields[i].cast<double>(); };
-  return {number(kLr),
-          number(kBeta1),
-          number(kBeta2),
-          number(kEps),
-          number(kDecay),
-          number(kRhoThreshold),
-          number(kAlpha),
-          fields[kK].cast<int64_t>(),
-          number(kMaxGradNorm),
-          fields[kDecoupled].cast<bool>(),
-          fields[kMaximize].cast<bool>()};
-}
-
-std::vector<Hyperparameters> to_groups(const py::sequence& groups) {
-  std::vector<Hyperparameters> hypers;
-  for (py::handle group : groups) hypers.push_back(to_hyperparameters(group.cast<py::tuple>()));
+// Of each group, as ranger_cuda.hyperparameters.packed() packs them.
+std::vector<Hyperparameters> to_groups(const py::bytes& packed) {
+  const std::string_view bytes = packed;
+  if (bytes.size() % sizeof(Hyperparameters) != 0) {
+    throw py::value_error("a group's hyperparameters are eleven of 8 bytes each");
+  }
+  std::vector<Hyperparameters> hypers(bytes.size() / sizeof(Hyperparameters));
+  std::memcpy(hypers.data(), bytes.data(), bytes.size());
   return hypers;
 }
 
@@ -69,11 +45,13 @@ cuda::DeviceScalar to_scalar(const py::object& tensor, const TensorExchange& exc
   if (tensor.is_none()) return {};
   DLTensor found;
   const bool is_there = exchange.describe(tensor.ptr(), &found) && data_of(found) != nullptr;
-  if (!is_there || !dtype_of(found) || found.device.device_type != cuda::kDeviceType ||
-      found.device.device_id != device || count_elements(shape_of(found)) != 1) {
+  const std::optional<DType> dtype = is_there ? dtype_of(found) : std::nullopt;
+  if ((dtype != DType::kFloat32 && dtype != DType::kFloat64) ||
+      found.device.device_type != cuda::kDeviceType || found.device.device_id != device ||
+      count_elements(shape_of(found)) != 1) {
     throw py::value_error("a step's scalar must be one float32 or float64 on the step's device");
   }
-  return {data_of(found), dtype_of(found) == DType::kFloat64};
+  return {data_of(found), dtype == DType::kFloat64};
 }
 
 // The fields of ranger_cuda.scaling.Signals.
@@ -105,7 +83,7 @@ void require_threads(int num_threads) {
 
 // What the CPU's launcher is told of a step.
 struct CpuStep {
-  CpuStep(const py::sequence& hypers, double unscale, double norm, int num_threads)
+  CpuStep(const py::bytes& hypers, double unscale, double norm, int num_threads)
       : groups(to_groups(hypers)), signals{unscale, norm}, num_threads(num_threads) {
     require_threads(num_threads);
   }
@@ -115,8 +93,8 @@ struct CpuStep {
   int num_threads;
 };
 
-void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& hypers,
-                   double unscale, double norm, int num_threads) {
+void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::bytes& hypers, double unscale,
+                   double norm, int num_threads) {
   const CpuStep told(hypers, unscale, norm, num_threads);
   launcher.launch(roster, told.groups.size(), [&](cpu::Launcher& its) {
     its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
@@ -124,7 +102,7 @@ void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& hy
 }
 
 py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& param_groups,
-                     const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                     const py::dict& state, const py::object& moved, const py::bytes& hypers,
                      double unscale, double norm, int num_threads) {
   const CpuStep told(hypers, unscale, norm, num_threads);
   return launcher.step(roster, param_groups, state, moved, told.groups.size(),
@@ -140,8 +118,7 @@ void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
 
 // What a CUDA device's launcher is told of a step.
 struct CudaStep {
-  CudaStep(const py::sequence& hypers, const py::tuple& fields, const Roster& roster,
-           int32_t device)
+  CudaStep(const py::bytes& hypers, const py::tuple& fields, const Roster& roster, int32_t device)
       : groups(to_groups(hypers)),
         signals(to_signals(fields, groups.size(), roster.exchange(), device)),
         stream(roster.exchange().current_stream(device)) {}
@@ -151,7 +128,7 @@ struct CudaStep {
   void* stream;
 };
 
-void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& hypers,
+void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::bytes& hypers,
                     const py::tuple& signals) {
   const CudaStep told(hypers, signals, roster, launcher.launcher().device());
   launcher.launch(roster, told.groups.size(), [&](cuda::Launcher& its) {
@@ -160,7 +137,7 @@ void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& 
 }
 
 py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& param_groups,
-                      const py::dict& state, const py::object& moved, const py::sequence& hypers,
+                      const py::dict& state, const py::object& moved, const py::bytes& hypers,
                       const py::tuple& signals) {
   const CudaStep told(hypers, signals, roster, launcher.launcher().device());
   return launcher.step(roster, param_groups, state, moved, told.groups.size(),
@@ -176,9 +153,9 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
 
 // --- what the roster tells launchers in Python ---------------------------------------------------
 
-// (numel, is_float64, group, the step count's address, sizes, each stream's address and strides); 0
-// for a stream that is not there, and for the gradient. Sizes and strides are empty where all
-// streams are consecutive.
+// (numel, format, the gradient's DType, group, the step count's address, sizes, each stream's
+// address and strides); 0 for a stream that is not there, and for the gradient. Sizes and strides
+// are empty where all streams are consecutive.
 py::list rows_of(const Roster& roster, int32_t launcher) {
   static const Layout kNone;
   py::list told;
@@ -188,9 +165,9 @@ py::list rows_of(const Roster& roster, int32_t launcher) {
     for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
     addresses[kGrad] = 0;
     const Layout& layout = row.layout ? *row.layout : kNone;
-    told.append(py::make_tuple(row.numel, row.dtype == DType::kFloat64, row.group,
-                               reinterpret_cast<uintptr_t>(row.step), layout.sizes, addresses,
-                               layout.strides));
+    told.append(py::make_tuple(
+        row.numel, info_of(row.format).name, static_cast<int>(row.grad_dtype), row.group,
+        reinterpret_cast<uintptr_t>(row.step), layout.sizes, addresses, layout.strides));
   }
   return told;
 }
@@ -243,8 +220,8 @@ py::cpp_function insist(const py::function& function, const py::function& is_don
 
 // --- for tests, and for `info` -------------------------------------------------------------------
 
-py::tuple schedule_of(const py::tuple& fields, int64_t step) {
-  const Schedule s = schedule(to_hyperparameters(fields), step);
+py::tuple schedule_of(const py::bytes& hyper, int64_t step) {
+  const Schedule s = schedule(to_groups(hyper).at(0), step);
   return py::make_tuple(s.rectified, s.step_size, s.decay, s.sync);
 }
 
@@ -264,6 +241,19 @@ py::dict build_info() {
   device["devices"] = report.devices;
   info["cuda_device"] = device;
   return info;
+}
+
+// The rows of RANGER_FORMATS: name, the arithmetic's dtype, and what param, exp_avg, exp_avg_sq and
+// slow_param are stored as.
+py::list format_rows() {
+  py::list rows;
+  for (const FormatInfo& format : kFormatInfos) {
+    const auto name = [](DType dtype) { return info_of(dtype).name; };
+    rows.append(py::make_tuple(format.name, name(format.value), name(format.stored[kParam]),
+                               name(format.stored[kExpAvg]), name(format.stored[kExpAvgSq]),
+                               name(format.stored[kSlowParam])));
+  }
+  return rows;
 }
 
 // Where the fields of the device tables stand, in 8-byte words: the Triton kernels have the same.
@@ -301,7 +291,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object>(),
            py::arg("exchange_api"), py::arg("streams"), py::arg("step_name"), py::arg("dtensor"),
            py::arg("plain"), py::arg("plain_grad"))
-      .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"))
+      .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"), py::arg("format"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
            py::arg("moved") = py::none(), py::arg("hold") = false)
       .def("leave_out", &Roster::leave_out, py::arg("tensors"))
@@ -342,6 +332,7 @@ PYBIND11_MODULE(_C, module) {
              "A function that calls another to its end, whatever interrupts it.");
   module.def("schedule", &schedule_of, py::arg("hyper"), py::arg("step"),
              "The scalars of one step, for tests against ranger_cuda.schedule.");
+  module.def("formats", &format_rows, "How parameters and state are stored; see csrc/formats.h.");
   module.def("table_layout", &table_layout, "The device tables, for tests against Triton's.");
   module.def("build_info", &build_info, "What this binary was built with and what it finds here.");
 }

@@ -83,7 +83,7 @@ PyObject* Attribute::of(PyObject* tensor, bool direct) const {
 }
 
 Look look(const DLTensor& described) {
-  if (described.dtype.code != kDLFloat || described.dtype.lanes != 1) return Look::kNo;
+  if (!dtype_of(described)) return Look::kNo;
   if (count_elements(shape_of(described)) == 0) return Look::kYes;
   return may_be_unallocated(described) || may_be_negated(described) ? Look::kAsk : Look::kYes;
 }

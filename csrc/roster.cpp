@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <iterator>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -46,13 +48,19 @@ int64_t next_version() {
   return ++last;
 }
 
+bool fits(const DLTensor& param, const DLTensor& tensor) {
+  return same_device(param, tensor) && same_sizes(param, tensor);
+}
+
+// Whether they differ in no more than where the gradient is.
 bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
   for (int stream = 0; stream < kStreams; ++stream) {
     if (stream != kGrad && a.data[stream] != b.data[stream]) return false;
   }
   const bool same_layout = a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
   return a.step == b.step && a.numel == b.numel && a.group == b.group && a.launcher == b.launcher &&
-         a.device_type == b.device_type && a.dtype == b.dtype && same_layout;
+         a.device_type == b.device_type && a.format == b.format && a.grad_dtype == b.grad_dtype &&
+         same_layout;
 }
 
 }  // namespace
@@ -103,24 +111,28 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
   }
 }
 
-void Roster::serve(const py::object& tensor, int32_t launcher) {
+void Roster::serve(const py::object& tensor, int32_t launcher, const std::string& format) {
   DLTensor found;
   const void* cleared = nullptr;
-  if (launcher < 0 || !reads(tensor.ptr(), &cleared, &found) || !dtype_of(found)) {
-    throw py::value_error("serve() takes a real float32 or float64 tensor, and a launcher's index");
+  const auto* const info = std::find_if(std::begin(kFormatInfos), std::end(kFormatInfos),
+                                        [&](const FormatInfo& one) { return one.name == format; });
+  if (launcher < 0 || info == std::end(kFormatInfos) || !reads(tensor.ptr(), &cleared, &found) ||
+      dtype_of(found) != info->stored[kParam]) {
+    throw py::value_error("serve() takes a real tensor, a launcher's index, and a format for it");
   }
-  kinds_.push_back({found.device, found.dtype, launcher});
+  const auto id = static_cast<FormatId>(info - std::begin(kFormatInfos));
+  kinds_.push_back({found.device, info->stored[kParam], launcher, id});
 }
 
-int32_t Roster::launcher_of(const DLTensor& tensor) const {
+const Roster::Kind* Roster::kind_of(const DLTensor& param) const {
+  const std::optional<DType> dtype = dtype_of(param);
   for (const Kind& kind : kinds_) {
-    if (kind.device.device_type == tensor.device.device_type &&
-        kind.device.device_id == tensor.device.device_id && kind.dtype.code == tensor.dtype.code &&
-        kind.dtype.bits == tensor.dtype.bits) {
-      return kind.launcher;
+    if (kind.device.device_type == param.device.device_type &&
+        kind.device.device_id == param.device.device_id && kind.dtype == dtype) {
+      return &kind;
     }
   }
-  return kNobody;
+  return nullptr;
 }
 
 py::list Roster::collect(const py::sequence& param_groups, const py::dict& state,
@@ -363,10 +375,6 @@ bool Roster::reads(PyObject* tensor, const void** cleared, DLTensor* found) {
   return true;
 }
 
-bool Roster::fits(const DLTensor& param, const DLTensor& tensor) const {
-  return same_device(param, tensor) && same_dtype(param, tensor) && same_sizes(param, tensor);
-}
-
 // Puts in place of an item that DLPack does not describe as the kernels need it a real tensor of
 // its memory, or a copy of a gradient. That is Python's, and lets other threads run.
 bool Roster::resolve(Mover& mover, int item) {
@@ -444,10 +452,12 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   const DLTensor& param = found[kParam];
   const Shape shape = shape_of(param);
   TensorRow next;
-  next.launcher = launcher_of(param);
-  if (next.launcher == kNobody) return Outcome::kNeedsPython;
+  const Kind* const kind = kind_of(param);
+  if (kind == nullptr) return Outcome::kNeedsPython;
+  next.launcher = kind->launcher;
+  next.format = kind->format;
   next.device_type = static_cast<int8_t>(param.device.device_type);
-  next.dtype = dtype_of(param).value();
+  if (mover.items[kGrad] != nullptr) next.grad_dtype = dtype_of(found[kGrad]).value();
   next.numel = count_elements(shape);
   next.group = members_.empty() ? 0 : members_[mover.position].group;
   next.active = true;
@@ -456,7 +466,10 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
   bool consecutive = true;
   for (int stream = 0; stream < kStreams; ++stream) {
     if (mover.items[stream] == nullptr) continue;
-    if (!fits(param, found[stream])) return Outcome::kNeedsPython;
+    if (!fits(param, found[stream]) ||
+        dtype_of(found[stream]) != stored(next, static_cast<Stream>(stream))) {
+      return Outcome::kNeedsPython;
+    }
     next.data[stream] = data_of(found[stream]);
     consecutive = consecutive && (next.numel == 0 || is_row_major(shape_of(found[stream])));
   }

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -49,7 +50,8 @@ class Roster {
          pybind11::object plain_grad);
 
   // From now on tensors of the dtype and on the device of `tensor` are moved by that launcher.
-  void serve(const pybind11::object& tensor, int32_t launcher);
+  // `format`: a name of RANGER_FORMATS, how they and their state are stored.
+  void serve(const pybind11::object& tensor, int32_t launcher, const std::string& format);
 
   // Finds what moves: parameters by their position in the groups' order. `moved`: for each whether
   // it moves; None: those that have a gradient do, and it is read. Returns those that move and are
@@ -110,8 +112,9 @@ class Roster {
   };
   struct Kind {
     DLDevice device;
-    DLDataType dtype;
+    DType dtype;
     int32_t launcher;
+    FormatId format;
   };
   struct Mover {
     int32_t position;
@@ -140,10 +143,9 @@ class Roster {
     return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == dtensor_.ptr();
   }
   bool reads(PyObject* tensor, const void** cleared, DLTensor* found);
-  bool fits(const DLTensor& param, const DLTensor& tensor) const;
   bool resolve(Mover& mover, int item);
   Outcome enter(const Mover& mover, const Described& found);
-  int32_t launcher_of(const DLTensor& tensor) const;
+  const Kind* kind_of(const DLTensor& param) const;
   void settle_shared_memory(pybind11::list& rest);
 
   TensorExchange exchange_;

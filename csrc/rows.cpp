@@ -61,14 +61,15 @@ bool is_disjoint(const Shape& shape) {
 }
 
 int64_t extent(const TensorRow& row, Stream stream) {
+  const int64_t item = info_of(stored(row, stream)).item_size;
   if (row.numel == 0 || row.layout == nullptr || row.layout->strides[stream].empty()) {
-    return row.numel;
+    return row.numel * item;
   }
   int64_t last = 0;
   for (size_t dim = 0; dim < row.layout->sizes.size(); ++dim) {
     last += (row.layout->sizes[dim] - 1) * row.layout->strides[stream][dim];
   }
-  return last + 1;
+  return (last + 1) * item;
 }
 
 }  // namespace ranger

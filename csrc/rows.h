@@ -7,17 +7,12 @@
 #include <memory>
 #include <vector>
 
+#include "formats.h"
+
 namespace ranger {
 
 // What is done to a parameter that moves: the fused step, or the Lookahead interpolation alone.
 enum class Rule : int8_t { kRadam, kLookahead };
-
-enum class DType : int8_t { kFloat32, kFloat64 };
-
-constexpr int64_t item_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-// The tensors that belong to one parameter.
-enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kStreams };
 
 // A stride for each dimension, in elements. Empty: the elements are consecutive.
 using Strides = std::vector<int64_t>;
@@ -43,10 +38,16 @@ struct TensorRow {
   int32_t group = 0;
   int32_t launcher = kNobody;  // whose kernels move it
   int8_t device_type = 0;      // where it lies, as DLPack counts
-  DType dtype = DType::kFloat32;
+  FormatId format = FormatId::kFloat32;
+  DType grad_dtype = DType::kFloat32;
   bool active = false;  // whether it moves in this step; if not, all is of its last
   std::shared_ptr<const Layout> layout;  // nullptr: every stream is consecutive
 };
+
+// What the elements of a stream are in memory.
+inline DType stored(const TensorRow& row, Stream stream) {
+  return stream == kGrad ? row.grad_dtype : info_of(row.format).stored[stream];
+}
 
 // The rows of an optimizer. `version` differs whenever anything but the gradients' addresses and
 // what is active does: what a launcher derives from the rows lasts as long.
@@ -78,7 +79,7 @@ Strides ordered_strides(const Shape& shape, const std::vector<int32_t>& order);
 // Whether it is certain that no two elements share memory.
 bool is_disjoint(const Shape& shape);
 
-// How many elements lie between the first of a stream and the end of its last.
+// How many bytes lie between the first element of a stream and the end of its last.
 int64_t extent(const TensorRow& row, Stream stream);
 
 }  // namespace ranger

@@ -13,7 +13,7 @@
 
 namespace ranger {
 
-// Of one parameter group.
+// Of one parameter group: ranger_cuda.hyperparameters.Hyperparameters, packed into 8 bytes each.
 struct Hyperparameters {
   double lr;
   double beta1;
@@ -24,8 +24,8 @@ struct Hyperparameters {
   double alpha;          // Lookahead interpolation factor
   int64_t k;             // Lookahead period in steps; 0: no Lookahead
   double max_grad_norm;  // clip the gradients' total norm to this; infinity: no clipping
-  bool decoupled_weight_decay;
-  bool maximize;
+  int64_t decoupled_weight_decay;
+  int64_t maximize;
 };
 
 // What changes from step to step, for one parameter at its own step t >= 1.
@@ -77,17 +77,20 @@ RANGER_HOST_DEVICE double grad_scale(const Hyperparameters& h, double unscale, d
   return h.maximize ? -scale : scale;
 }
 
-// Every scalar of the update rule, each rounded once to the type of the arithmetic.
+// Every scalar of the update rule, each rounded once to the type of the arithmetic. In 8 bytes
+// each: they are read where they were written, whatever the type.
 template <typename T>
 struct Coefficients {
-  T grad_scale;
-  T weight_decay;  // added to the gradient (L2); 0 when decoupled or off
-  T beta1, one_minus_beta1;
-  T beta2, one_minus_beta2;
-  T eps;
-  T decay;
-  T step_size;
-  T alpha;
+  alignas(8) T grad_scale;
+  alignas(8) T weight_decay;  // added to the gradient (L2); 0 when decoupled or off
+  alignas(8) T beta1;
+  alignas(8) T one_minus_beta1;
+  alignas(8) T beta2;
+  alignas(8) T one_minus_beta2;
+  alignas(8) T eps;
+  alignas(8) T decay;
+  alignas(8) T step_size;
+  alignas(8) T alpha;
 };
 
 template <typename T>

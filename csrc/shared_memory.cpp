@@ -15,7 +15,7 @@ void append_span(const void* data, int64_t bytes, int32_t position, bool written
 void append_spans(const TensorRow& row, int32_t position, bool gradient, std::vector<Span>& spans) {
   for (int stream = 0; stream < kStreams; ++stream) {
     if (stream == kGrad && !gradient) continue;
-    const int64_t bytes = extent(row, static_cast<Stream>(stream)) * item_size(row.dtype);
+    const int64_t bytes = extent(row, static_cast<Stream>(stream));
     append_span(row.data[stream], bytes, position, stream != kGrad, spans);
   }
   append_span(row.step, sizeof(float), position, true, spans);
@@ -81,7 +81,7 @@ bool WrittenMemory::may_be_shared(const Rows& rows, bool gradients) {
   for (const TensorRow& row : rows.rows) {
     if (!row.active || row.numel == 0) continue;
     const auto begin = reinterpret_cast<uintptr_t>(row.data[kGrad]);
-    const uintptr_t end = begin + static_cast<uintptr_t>(extent(row, kGrad) * item_size(row.dtype));
+    const uintptr_t end = begin + static_cast<uintptr_t>(extent(row, kGrad));
     // The last that begins before the gradient's end, without a branch to predict.
     const std::pair<uintptr_t, uintptr_t>* first = spans_.data();
     for (size_t count = spans_.size(); count > 1;) {

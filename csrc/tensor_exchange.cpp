@@ -43,18 +43,18 @@ void* TensorExchange::current_stream(int32_t device) const {
 }
 
 std::optional<DType> dtype_of(const DLTensor& tensor) {
-  if (tensor.dtype.code != kDLFloat || tensor.dtype.lanes != 1) return std::nullopt;
-  if (tensor.dtype.bits == 32) return DType::kFloat32;
-  if (tensor.dtype.bits == 64) return DType::kFloat64;
+  const DLDataType& dtype = tensor.dtype;
+  if (dtype.lanes != 1) return std::nullopt;
+  if (dtype.code == kDLBfloat && dtype.bits == 16) return DType::kBFloat16;
+  if (dtype.code != kDLFloat) return std::nullopt;
+  if (dtype.bits == 16) return DType::kFloat16;
+  if (dtype.bits == 32) return DType::kFloat32;
+  if (dtype.bits == 64) return DType::kFloat64;
   return std::nullopt;
 }
 
 bool same_device(const DLTensor& a, const DLTensor& b) {
   return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
-}
-
-bool same_dtype(const DLTensor& a, const DLTensor& b) {
-  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
 }
 
 bool same_sizes(const DLTensor& a, const DLTensor& b) {

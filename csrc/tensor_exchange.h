@@ -40,7 +40,6 @@ inline Shape shape_of(const DLTensor& tensor) {
 std::optional<DType> dtype_of(const DLTensor& tensor);
 
 bool same_device(const DLTensor& a, const DLTensor& b);
-bool same_dtype(const DLTensor& a, const DLTensor& b);
 bool same_sizes(const DLTensor& a, const DLTensor& b);
 
 }  // namespace ranger

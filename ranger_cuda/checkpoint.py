@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from . import hyperparameters, rounding
-from .tensors import DTensor, check_allocated, is_count, local, shown, state_dtype
+from . import formats, hyperparameters
+from .tensors import DTensor, check_allocated, is_count, local, shown
 
 COUNTS = ("step", "lookahead_step")
-# State of the parameter's shape: its precision is the parameter's, or its own.
-MOMENTS = ("exp_avg", "exp_avg_sq", "slow_param")
-MASTERS = dict(rounding.MASTERS.values())
 LOOKAHEAD = ("slow_param", "lookahead_step")
 # Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
 FOREIGN_KEYS = ("amsgrad", "momentum_decay", "N_sma_threshhold")
@@ -41,7 +38,7 @@ def shield_state(
     """A load_state_dict pre-hook: check what is to be loaded and shield it from the cast.
 
     Args:
-        names: of the state that each parameter has, without masters.
+        names: of the streams that the optimizer's rule has.
         strict: whether what the optimizer does not know is an error.
 
     Raises:
@@ -75,18 +72,17 @@ def shield_state(
                 state[key] = copy.deepcopy(value)
             continue
         lacking = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in value]
-        if lacking and any(name in value for name in (*names, *MASTERS)):
+        if lacking and any(name in value for name in (*names, *formats.PARTS)):
             raise ValueError(
                 f"loaded state dict: the state of parameter {key} has {list(value)} but no "
                 f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
             )
-        master = rounding.master_state(params[key].dtype, "exact")
-        known = names if master is None else (*names, master[0])
+        known = {"step", *formats.known_parts(params[key].dtype, names)}
         kept = {}
         for name, item in value.items():
             if name in known:
                 check_value(name, item, params[key], key)
-            elif name in MASTERS or name in LOOKAHEAD:
+            elif name in formats.PARTS or name in LOOKAHEAD:
                 continue  # of another precision, or of another kind of optimizer
             elif isinstance(item, Tensor):
                 foreign.append(repr(name))
@@ -218,13 +214,14 @@ def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
         raise ValueError(
             f"{what} has shape {shape}, but the parameter has shape {tuple(param.shape)}"
         )
-    if name in MASTERS and not keeps_bits(value, MASTERS[name]):
+    part = formats.PARTS[name]
+    if part.is_bits and not keeps_bits(value, part.dtype):
         raise ValueError(
-            f"{what} is {value.dtype}, but it is the bits of a {MASTERS[name]}, which no other "
+            f"{what} is {value.dtype}, but it is the bits of a {part.dtype}, which no other "
             "dtype keeps; save and load state without casting it"
         )
     kind = param.is_complex(), not param.is_complex()
-    if name in MOMENTS and (value.is_complex(), value.is_floating_point()) != kind:
+    if not part.is_bits and (value.is_complex(), value.is_floating_point()) != kind:
         raise ValueError(
             f"{what} is {value.dtype}, but the parameter is {param.dtype}; real parameters have "
             "floating-point state, and complex ones complex state"
@@ -267,9 +264,9 @@ def restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
 def _restore(param: Tensor, name: str, value: Any) -> Any:
     if name in COUNTS:
         return step_tensor(value)
-    if name in MASTERS or name in MOMENTS:
-        dtype = MASTERS.get(name, state_dtype(param))
-        return value.detach().to(param.device, dtype, copy=True)
+    parts = formats.known_parts(param.dtype, formats.STREAMS)
+    if name in parts:
+        return value.detach().to(param.device, parts[name].dtype_for(param), copy=True)
     return copy.deepcopy(value)
 
 

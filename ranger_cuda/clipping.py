@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .rounding import LOW_PRECISION
+from .formats import is_low
 from .tensors import DTensor, is_fsdp1_s
 
 
@@ -38,7 +38,7 @@ def total_norm(param_groups: list[dict[str, Any]]) -> Tensor:
                         "torch.distributed.fsdp.fully_shard"
                     )
                 grad = param.grad.detach()
-                if grad.dtype in LOW_PRECISION:  # whose norm may be infinite though they are not
+                if is_low(grad.dtype):  # whose norm may be infinite though they are not
                     grad = torch.linalg.vector_norm(grad, dtype=torch.float32)
                 by_mesh[grad.device_mesh if isinstance(grad, DTensor) else None].append(grad)
     norms = [get_total_norm(same_mesh) for same_mesh in by_mesh.values()]

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import support
+from . import formats, support
 from .backends import reference
 from .backends.reference import Row
-from .checkpoint import MASTERS
+from .formats import Format
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .native import Groups, Native, State, Told
-from .rounding import LOW_PRECISION, load
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -75,6 +74,12 @@ class Rule(NamedTuple):
     step_name: str  # the state that counts steps
     streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
+
+    def format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
+        """How ``param`` and its state are stored."""
+        if self.step_name == "lookahead_step":  # which knows of no state but its own
+            return formats.of(param.dtype, "nearest")
+        return formats.of(param.dtype, group["weight_rounding"])
 
 
 RADAM = Rule("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
@@ -136,7 +141,8 @@ class _Step:
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
             known.pop("slow_param", None)
-        for key in (self.rule.step_name, *(MASTERS if param.dtype in LOW_PRECISION else ())):
+        format = self.rule.format_of(param, self.param_groups[group])
+        for key in (self.rule.step_name, *(part.name for part in format.param.rest)):
             check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
         count = known.get(self.rule.step_name, 0)
@@ -152,7 +158,7 @@ class _Step:
                 f"the state of {name} is not complete yet, and made now it would be made anew at "
                 "every replay of the graph: take a step with lr above 0 before the capture"
             )
-        check_state(param, {**known, **missing}, self.rule.streams, name)
+        check_state(param, {**known, **missing}, format.parts(self.rule.streams), name)
         if missing:
             self.missing[param] = missing
         if "slow_param" in missing and is_at_rest(self.param_groups[group]):
@@ -163,7 +169,8 @@ class _Step:
         param, group, name = member
         if self.moved is None and position not in self.gradients:
             self.gradients[position] = plain_grad(param, name)
-        return Row(param, self.gradients.get(position), self.state[param], group)
+        format = self.rule.format_of(param, self.param_groups[group])
+        return Row(param, self.gradients.get(position), self.state[param], group, format)
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""
@@ -411,7 +418,7 @@ class Dispatcher:
             its = state.get(param, {})
             if "slow_param" in its:
                 check_param(param, name)
-                check_state(param, its, ("slow_param",), name)
+                check_state(param, its, [formats.slow_part(param.dtype)], name)
                 pairs[param] = plain(param), plain(its["slow_param"])
         return pairs
 
@@ -425,12 +432,19 @@ class Dispatcher:
         """
         if only_unmoved and not self.unmoved:
             return
-        for param, (p, slow) in self._slow_weights(param_groups, state).items():
-            if only_unmoved and param not in self.unmoved:
+        pairs = self._slow_weights(param_groups, state)
+        for param, group, _ in members(param_groups):
+            if param not in pairs or (only_unmoved and param not in self.unmoved):
                 continue
-            # Lookahead reads no more than the parameter, whatever the inner optimizer keeps.
-            kept = {} if self._rule is LOOKAHEAD else state[param]
-            slow.copy_(load(p, {name: plain(kept[name]) for name in MASTERS if name in kept}))
+            p, slow = pairs[param]
+            format = self._rule.format_of(param, param_groups[group])
+            its = state[param]
+            rest = {
+                part.name: plain(its[part.name]) for part in format.param.rest if part.name in its
+            }
+            whole = len(rest) == len(format.param.rest)
+            value = format.param.decode(p, rest, format.value) if whole else p.to(format.value)
+            format.slow_param.encode(value, slow, {})
 
     @contextmanager
     def swapped(self, param_groups: Groups, state: State) -> Iterator[None]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
-from . import tensors
+from . import formats, tensors
 from .tensors import shown
 
-WEIGHT_ROUNDINGS = ("exact", "nearest")
-STATE_DTYPES = (torch.float32,)
 # Groups do not know their parameters' dtypes: what float32 cannot hold is no hyperparameter.
 LARGEST = torch.finfo(torch.float32).max
 
 
 class Hyperparameters(NamedTuple):
-    """One group's hyperparameters as plain numbers, in the order ``csrc/schedule.h`` has them."""
+    """One group's hyperparameters as plain numbers, in the order of ``csrc/schedule.h``."""
 
     lr: float | Tensor  # a tensor on an accelerator stays there: reading it would synchronise
     beta1: float
@@ -34,6 +33,14 @@ class Hyperparameters(NamedTuple):
     max_grad_norm: float  # infinity: no clipping
     decoupled_weight_decay: bool
     maximize: bool
+
+
+_PACKED = struct.Struct("=7dqd2q")
+
+
+def packed(groups: Iterable[Hyperparameters]) -> bytes:
+    """The hyperparameters of all groups as the kernels have them, 8 bytes each."""
+    return b"".join(_PACKED.pack(*group) for group in groups)
 
 
 def rename_lookahead(group: dict[str, Any]) -> None:
@@ -139,7 +146,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
             f"Invalid rho_threshold value: {group['rho_threshold']}; it must be at least 4, "
             "where the rectification term becomes real (the paper's value; torch uses 5)"
         )
-    check_choice("weight_rounding", group["weight_rounding"], WEIGHT_ROUNDINGS)
+    check_choice("weight_rounding", group["weight_rounding"], formats.WEIGHT_ROUNDINGS)
     return hyper
 
 

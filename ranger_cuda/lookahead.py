@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import checkpoint, dispatch, hyperparameters, support
+from . import checkpoint, dispatch, formats, hyperparameters, support
 from .checkpoint import is_step_tensor, step_tensor
 from .dispatch import Dispatcher, is_at_rest, members
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
-from .optimizer import FusedOptimizer, new_slow_param
+from .optimizer import FusedOptimizer
 from .slow_weights import SlowWeights
 from .tensors import check_param, is_capturing
 
@@ -208,7 +208,7 @@ class Lookahead(SlowWeights, Optimizer):
             if param in lacking:
                 check_param(param, name)
         with torch.inference_mode(False):  # what is made in it could not be written outside
-            first = {param: new_slow_param(param) for param in lacking}
+            first = {param: formats.slow_part(param.dtype).new(param) for param in lacking}
         state = self.state
         if first:  # as if they were there
             state = {param: {**state.get(param, {})} for param in params}

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import support
+from . import formats, support
 from .backends.triton_launcher import TritonLauncher
-from .hyperparameters import Hyperparameters
+from .hyperparameters import Hyperparameters, packed
 from .scaling import Scaling, Signals
 from .tensors import DTensor, is_capturing, local, plain, plain_grad
 
@@ -113,7 +113,8 @@ class Native:
         its = plain(where)
         if is_traceable_wrapper_subclass(its):
             return False  # its memory is other tensors', which torch knows
-        self.roster.serve(its, self._launcher(backend, where.device))
+        format = formats.of(where.dtype)
+        self.roster.serve(its, self._launcher(backend, where.device), format.name)
         self._kinds.add(kind)
         return True
 
@@ -148,7 +149,7 @@ class Native:
         Arguments as of ``_C.Roster.collect`` and of :meth:`launch`.
         """
         ((backend, device, kernels),) = self.launchers
-        found = self.roster, param_groups, state, moved, told.numbers
+        found = self.roster, param_groups, state, moved, packed(told.numbers)
         if backend == "cpu":
             rest = kernels.step(*found, told.unscale, told.norm, torch.get_num_threads())
         else:
@@ -171,15 +172,16 @@ class Native:
     def launch(self, told: Told) -> None:
         """Count a step for what was collected, and run the rule on it."""
         moved = self.roster.moved()
+        numbers = packed(told.numbers)
         # The host's last, which works while the devices do.
         in_turn = sorted(self.launchers, key=lambda launcher: launcher.backend == "cpu")
         for backend, device, kernels in in_turn:
             if backend == "cpu":
                 threads = torch.get_num_threads()
-                kernels.launch(self.roster, told.numbers, told.unscale, told.norm, threads)
+                kernels.launch(self.roster, numbers, told.unscale, told.norm, threads)
             else:
                 signals = Signals.of(told.hypers, told.scaling, device)
-                kernels.launch(self.roster, told.numbers, signals)
+                kernels.launch(self.roster, numbers, signals)
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import hyperparameters, rounding, support
+from . import formats, hyperparameters, support
 from .checkpoint import (
     Shielded,
     check_kind,
@@ -22,9 +22,9 @@ from .checkpoint import (
 )
 from .clipping import total_norm
 from .dispatch import Dispatcher, Rule
-from .hyperparameters import STATE_DTYPES, Hyperparameters
+from .hyperparameters import Hyperparameters
 from .scaling import Scaling
-from .tensors import on_accelerator, state_dtype
+from .tensors import on_accelerator
 
 
 class FusedOptimizer(Optimizer):
@@ -57,7 +57,7 @@ class FusedOptimizer(Optimizer):
         differentiable: bool,
     ) -> None:
         support.check_backend(backend)
-        hyperparameters.check_choice("state_dtype", state_dtype, STATE_DTYPES)
+        hyperparameters.check_choice("state_dtype", state_dtype, formats.STATE_DTYPES)
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the fused step writes in place, outside "
@@ -153,17 +153,9 @@ class FusedOptimizer(Optimizer):
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
-        dtype = state_dtype(param)
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                new[name] = torch.zeros_like(
-                    param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-                )
-        if self._has_lookahead and "slow_param" not in state:
-            new["slow_param"] = new_slow_param(param)
-        master = rounding.master_state(param.dtype, group["weight_rounding"])
-        if master is not None and master[0] not in state:
-            new[master[0]] = rounding.new_master_state(param, *master)
+        for part in self._rule.format_of(param, group).parts(self._rule.streams):
+            if part.name not in state:
+                new[part.name] = part.new(param)
         return new
 
     # --- groups, checkpoints, copies ----------------------------------------------------------
@@ -207,7 +199,7 @@ class FusedOptimizer(Optimizer):
         """
         self._check_ready("load_state_dict()")
         check_kind(state_dict, dict, "it")
-        names = ("step", *filter(None, self._rule.streams))
+        names = tuple(filter(None, self._rule.streams))
         # Registered last, so that it sees what the user's hooks made of the checkpoint.
         shield = self.register_load_state_dict_pre_hook(
             partial(shield_state, names=names, strict=strict)
@@ -237,8 +229,3 @@ class FusedOptimizer(Optimizer):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}
             for name in self.defaults:
                 group.setdefault(name, known[name])
-
-
-def new_slow_param(param: Tensor) -> Tensor:
-    """The slow weight that a parameter starts with: itself, in the precision of the arithmetic."""
-    return param.detach().to(state_dtype(param), copy=True, memory_format=torch.preserve_format)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import formats
+
 DIAGNOSTIC = "python -m ranger_cuda info"
 BUILD_ANEW = "in a clone: pip install --force-reinstall --no-deps ."
 
@@ -28,24 +30,24 @@ class Backend(NamedTuple):
     what: str
 
 
-_FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_NATIVE = formats.dtypes(native=True)
 
 # In the order in which backend=None tries them.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ("cuda",), _FULL, "CUDA kernels, one launch for the whole model"),
+        Backend("cuda", ("cuda",), _NATIVE, "CUDA kernels, one launch for the whole model"),
         Backend(
             "triton",
             ("cuda", "xpu"),
-            _FULL,
+            _NATIVE,
             "Triton kernels, for GPUs without a CUDA toolkit at install time",
         ),
-        Backend("cpu", ("cpu",), _FULL, "native C++, one parallel pass over the whole model"),
+        Backend("cpu", ("cpu",), _NATIVE, "native C++, one parallel pass over the whole model"),
         Backend(
             "reference",
             None,
-            (*_FULL, torch.bfloat16, torch.float16),
+            formats.dtypes(),
             "plain PyTorch, one parameter at a time; the spec of the others",
         ),
     )

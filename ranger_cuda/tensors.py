@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .rounding import compute_dtype
+from . import formats
+from .formats import Part
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -67,7 +68,7 @@ def plain_grad(param: Tensor, name: str = "the parameter") -> Tensor:
     """The gradient of ``param`` as the kernels may read it: real, strided, same device.
 
     Copies only where the memory does not hold the values themselves (a lazy conjugate or
-    negation, a DTensor laid out otherwise than its parameter, another dtype).
+    negation, a DTensor laid out otherwise than its parameter, integers).
 
     Args:
         param: a parameter whose ``grad`` is not None.
@@ -108,12 +109,9 @@ def plain_grad(param: Tensor, name: str = "the parameter") -> Tensor:
         )
     grad = grad.resolve_conj().resolve_neg()
     grad = torch.view_as_real(grad) if grad.is_complex() else grad
-    return grad.to(compute_dtype(target.dtype))
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of the moments and the slow weights of ``param``."""
-    return param.dtype if param.is_complex() else compute_dtype(param.dtype)
+    if grad.dtype in formats.GRAD_DTYPES:
+        return grad
+    return grad.to(formats.value_dtype(target.dtype))
 
 
 def check_param(param: Tensor, name: str) -> None:
@@ -189,18 +187,15 @@ def is_count(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 2**24 and float(value).is_integer()
 
 
-def check_state(
-    param: Tensor, state: dict[str, Any], keys: Iterable[str | None], name: str
-) -> None:
-    """Raise if what ``state`` has under ``keys`` no longer fits its parameter.
+def check_state(param: Tensor, state: dict[str, Any], parts: Iterable[Part], name: str) -> None:
+    """Raise if what ``state`` has of ``parts`` no longer fits its parameter.
 
     Raises:
         RuntimeError: a state tensor is on another device, or of another shape or precision.
     """
     target = local(param.detach())
-    for key in keys:
-        if key is None:
-            continue
+    for part in parts:
+        key = part.name
         if not isinstance(state[key], Tensor):
             raise RuntimeError(
                 f"state {key!r} of {name} is {state[key]!r}, but it must be a tensor"
@@ -208,7 +203,7 @@ def check_state(
         value = local(state[key])
         check_allocated(value, f"state {key!r} of {name}")
         found = (value.dtype, value.device, tuple(value.shape))
-        wanted = (state_dtype(target), target.device, tuple(target.shape))
+        wanted = (part.dtype_for(target), target.device, tuple(target.shape))
         if found != wanted:
             raise RuntimeError(
                 f"state {key!r} of {name} is {found[0]} on {found[1]} of shape {found[2]}, but the "

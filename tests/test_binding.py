@@ -13,10 +13,12 @@ from torch.nn import Parameter
 
 from ranger_cuda import support
 from ranger_cuda.dispatch import RANGER
-from ranger_cuda.hyperparameters import Hyperparameters
+from ranger_cuda.hyperparameters import Hyperparameters, packed
 from ranger_cuda.tensors import DTensor, plain, plain_grad
 
-HYPER = Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 6, float("inf"), False, False)
+HYPER = packed(
+    [Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 6, float("inf"), False, False)]
+)
 EXCHANGE_API = torch.Tensor.__dlpack_c_exchange_api__
 
 
@@ -35,7 +37,7 @@ class Made:
         self.roster = self.extension.Roster(
             EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad
         )
-        self.roster.serve(torch.ones(1), 0)
+        self.roster.serve(torch.ones(1), 0, "float32")
         self.launcher = self.extension.CpuLauncher(getattr(self.extension.Rule, rule), 0)
 
     @staticmethod
@@ -46,11 +48,11 @@ class Made:
     def collect(self, moved=None):
         return self.roster.collect(self.groups, self.state, moved)
 
-    def launch(self, hypers=(HYPER,), threads=1):
+    def launch(self, hypers=HYPER, threads=1):
         self.launcher.launch(self.roster, hypers, 1.0, 1.0, threads)
 
     def step(self, **kwargs):
-        told = {"moved": None, "hypers": [HYPER], "unscale": 1.0, "norm": 1.0, "num_threads": 1}
+        told = {"moved": None, "hypers": HYPER, "unscale": 1.0, "norm": 1.0, "num_threads": 1}
         return self.launcher.step(self.roster, self.groups, self.state, **{**told, **kwargs})
 
 
@@ -92,7 +94,7 @@ def without_moments():
     made.roster = made.extension.Roster(
         EXCHANGE_API, (None, None, "slow_param"), "step", DTensor, plain, plain_grad
     )
-    made.roster.serve(torch.ones(1), 0)
+    made.roster.serve(torch.ones(1), 0, "float32")
     made.collect()
     made.launcher.prepare(made.roster)
     made.launch()
@@ -113,8 +115,8 @@ MISUSES = {
     "launch without gradients": without_gradients,
     "launch without moments": without_moments,
     "too few hyperparameters": lambda: ready().launch(hypers=[]),
-    "too many hyperparameters": lambda: ready().launch(hypers=[HYPER, HYPER]),
-    "a short group": lambda: ready().launch(hypers=[tuple(HYPER)[:5]]),
+    "too many hyperparameters": lambda: ready().launch(hypers=HYPER + HYPER),
+    "a short group": lambda: ready().launch(hypers=HYPER[:40]),
     "a group of strings": lambda: ready().launch(hypers=[("a",) * 11]),
     "a group that is none": lambda: ready().launch(hypers=[None]),
     "2**31 - 1 threads": lambda: ready().launch(threads=2**31 - 1),
@@ -131,9 +133,11 @@ MISUSES = {
     "a swap of a step's rows": swap_of_a_step,
     "a launcher of another device": on_another_device,
     "a launcher below 0": lambda: Made().extension.CpuLauncher(Made().extension.Rule.RADAM, -1),
-    "serving what is no tensor": lambda: Made().roster.serve("x", 0),
-    "serving integers": lambda: Made().roster.serve(torch.ones(1, dtype=torch.int32), 0),
-    "serving with no launcher": lambda: Made().roster.serve(torch.ones(1), -1),
+    "serving what is no tensor": lambda: Made().roster.serve("x", 0, "float32"),
+    "serving integers": lambda: Made().roster.serve(torch.ones(1, dtype=torch.int32), 0, "float32"),
+    "serving in no format": lambda: Made().roster.serve(torch.ones(1), 0, "float8"),
+    "serving in another format": lambda: Made().roster.serve(torch.ones(1), 0, "float64"),
+    "serving with no launcher": lambda: Made().roster.serve(torch.ones(1), -1, "float32"),
     "two names of states": lambda: Made().extension.Roster(
         EXCHANGE_API, ("a", "b"), "step", DTensor, plain, plain_grad
     ),

@@ -7,14 +7,17 @@ import torch
 
 from helpers import bits
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.rounding import load
+from ranger_cuda.formats import FORMATS, Split
 
 LOW = [torch.bfloat16, torch.float16]
 
 
 def master(optimizer, param):
     """The float32 value that a low-precision parameter and its state stand for."""
-    return load(param.detach(), optimizer.state[param])
+    (format,) = (
+        f for f in FORMATS if f.param.dtype == param.dtype and f.weight_rounding in (None, "exact")
+    )
+    return format.param.decode(param.detach(), optimizer.state[param], format.value)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -38,8 +41,6 @@ def test_exact_rounding_follows_float32_bit_for_bit(dtype, options):
 
 
 def test_every_float32_is_a_bfloat16_and_a_residual():
-    from ranger_cuda.rounding import store
-
     generator = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(2**31), 2**31, (100_000,), generator=generator).int()
     edges = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00000001, -(2**31), 0x7F800000, 0x3F807FFF]
@@ -47,8 +48,8 @@ def test_every_float32_is_a_bfloat16_and_a_residual():
     values = values.view(torch.float32)
     param = torch.zeros_like(values, dtype=torch.bfloat16)
     state = {"residual": torch.zeros_like(values, dtype=torch.int16)}
-    store(values, param, state)
-    assert torch.equal(bits(load(param, state)), bits(values))
+    Split().encode(values, param, state)
+    assert torch.equal(bits(Split().decode(param, state, torch.float32)), bits(values))
     assert torch.equal(param.isnan(), values.isnan())
     ordinary = values.isfinite() & (values.abs() < torch.finfo(torch.bfloat16).max)
     error = (param.float() - values).abs()[ordinary]
@@ -60,7 +61,7 @@ def test_a_residual_of_a_value_that_is_gone_makes_no_nan_of_zero_or_infinity():
     param = torch.tensor([0.0, -0.0, torch.inf, -torch.inf], dtype=torch.bfloat16)
     for residual in (-0x8000, -1, 1, 0x7FFF):
         state = {"residual": torch.full((4,), residual, dtype=torch.int16)}
-        loaded = load(param, state)
+        loaded = Split().decode(param, state, torch.float32)
         assert not loaded.isnan().any(), residual
         assert torch.equal(loaded.to(torch.bfloat16)[:2].abs(), torch.zeros(2, dtype=param.dtype))
 

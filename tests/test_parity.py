@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.formats import GRAD_DTYPES
 from targets import NAMES
 
 STEPS = 25
@@ -123,6 +124,37 @@ def test_large_tensors_cut_into_chunks_are_the_reference_s(target, dtype):
     native, reference = Ranger(a, backend=target.backend), Ranger(b, backend="reference")
     for step in range(13 if target.slow else STEPS):
         gradients = [spread(p.shape, dtype, generator) for p in a]
+        give_gradients(gradients, a, b, move=target.move)
+        native.step()
+        reference.step()
+        assert_same(native, reference, a, b, f"step {step + 1}")
+
+
+def every_number(dtype):
+    """All numbers of a 16-bit type, and many of a wider one: NaN is compared elsewhere."""
+    if dtype.itemsize == 2:
+        numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        return numbers[~numbers.isnan()]
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([spread((999,), dtype, generator, d) for d in (1, 12, 60)])
+
+
+@pytest.mark.parametrize("gradient", GRAD_DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_gradients_of_any_dtype_are_read_where_they_are(target, dtype, gradient, monkeypatch):
+    numbers = every_number(gradient)
+    if target.small:
+        numbers = numbers[torch.randperm(len(numbers), generator=torch.Generator())[:1001]]
+    # Side by side, on no boundary, and with gaps.
+    layouts = (lambda t: t, lambda t: torch.cat([t[:1], t])[1:], lambda t: t.repeat(2, 1).t()[:, 0])
+    a, b = twins([torch.ones(len(numbers), dtype=dtype) for _ in layouts], target.move)
+    native = Ranger(a, k=2, weight_decay=0.1, backend=target.backend)
+    reference = Ranger(b, k=2, weight_decay=0.1, backend="reference")
+    monkeypatch.setattr("ranger_cuda.native.plain_grad", lambda *_: pytest.fail("a copy"))
+    for param in (*a, *b):
+        param.grad_dtype = gradient
+    for step in range(6 if target.slow else 9):  # rectified from the fifth on
+        gradients = [layout(numbers.roll(step)) for layout in layouts]
         give_gradients(gradients, a, b, move=target.move)
         native.step()
         reference.step()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranger_cuda import _C
-from ranger_cuda.hyperparameters import Hyperparameters
+from ranger_cuda.hyperparameters import Hyperparameters, packed
 from ranger_cuda.schedule import ipow, schedule
 
 
@@ -45,7 +45,7 @@ hypers = st.builds(
 
 @given(hypers, st.one_of(st.integers(1, 50), st.integers(1, 2**24)))
 def test_cpp_and_python_give_the_same_bits(h, step):
-    assert _C.schedule(tuple(h), step) == tuple(schedule(h, step))
+    assert _C.schedule(packed([h]), step) == tuple(schedule(h, step))
 
 
 @given(hypers, st.integers(1, 2**24))

@@ -521,7 +521,7 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
 
 def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
     upper = 2**64 - 64
-    row = TensorRow(4, False, 0, upper, [4], [upper, 0, upper, upper, upper], [[]] * 5)
+    row = TensorRow(4, "float32", 0, 0, upper, [4], [upper, 0, upper, upper, upper], [[]] * 5)
     tables = triton_tables.DeviceTables("RADAM", [row], 1, torch.device("cpu"), set())
     assert tables._tables.records.tolist() == [[-64, 0, -64, -64, -64, 4, -64, 0, 0]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
@@ -553,13 +553,13 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
         scalars = torch.zeros(1, 12, dtype=torch.int64)
         scalars[0, 0], scalars[0, 1] = flags, words[1]
         c = torch.tensor([1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 0.1, 0.5])
-        scalars[0, 2:].view(torch.float32)[:10] = c
+        scalars[0, 2:].view(torch.float32)[::2] = c
         kernels.radam_kernel[(1,)](
             record,
             scalars,
             torch.tensor([[0, index]], dtype=torch.int32),
             0,
-            T=tl.float32,
+            **dict.fromkeys(("T", "PARAM_T", "EXP_AVG_T", "EXP_AVG_SQ_T", "SLOW_T"), tl.float32),
             STRIDED=strided,
             CHUNK=chunk,
             BLOCK=32,

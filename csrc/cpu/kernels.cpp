@@ -46,6 +46,26 @@ void lookahead_chunk(const LookaheadArgs<T>& args) {
   }
 }
 
+template <typename T, typename Stored>
+void decode(const void* stored, T* values, int64_t count) {
+  const auto* __restrict__ from = static_cast<const Stored*>(stored);
+  for (int64_t i = 0; i < count; ++i) values[i] = Plain<Stored>::template decode<T>(from[i]);
+}
+
+template <typename T, typename Stored>
+void encode(const T* values, void* stored, int64_t count) {
+  auto* __restrict__ to = static_cast<Stored*>(stored);
+  for (int64_t i = 0; i < count; ++i) to[i] = Plain<Stored>::encode(values[i]);
+}
+
+// In the order of RANGER_DTYPES. Nothing is stored in 16 bits yet.
+template <typename T>
+constexpr KernelsOf<T> kKernelsOf = {
+    radam_chunk<T>,
+    lookahead_chunk<T>,
+    {decode<T, float>, decode<T, double>, decode<T, BFloat16>, decode<T, Float16>},
+    {encode<T, float>, encode<T, double>, nullptr, nullptr}};
+
 }  // namespace
 
 #define RANGER_CONCATENATE(a, b) a##b
@@ -54,8 +74,7 @@ void lookahead_chunk(const LookaheadArgs<T>& args) {
 #define RANGER_NAME(set) RANGER_STRING(set)
 
 extern const Kernels RANGER_TABLE(RANGER_INSTRUCTION_SET);
-const Kernels RANGER_TABLE(RANGER_INSTRUCTION_SET) = {
-    RANGER_NAME(RANGER_INSTRUCTION_SET), radam_chunk<float>, radam_chunk<double>,
-    lookahead_chunk<float>, lookahead_chunk<double>};
+const Kernels RANGER_TABLE(RANGER_INSTRUCTION_SET) = {RANGER_NAME(RANGER_INSTRUCTION_SET),
+                                                      kKernelsOf<float>, kKernelsOf<double>};
 
 }  // namespace ranger::cpu

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../formats.h"
 #include "../schedule.h"
 
 namespace ranger::cpu {
@@ -28,22 +29,33 @@ struct LookaheadArgs {
   T alpha;
 };
 
-struct Kernels {
-  const char* instruction_set;
-  void (*radam_f32)(const RadamArgs<float>&);
-  void (*radam_f64)(const RadamArgs<double>&);
-  void (*lookahead_f32)(const LookaheadArgs<float>&);
-  void (*lookahead_f64)(const LookaheadArgs<double>&);
+// The rule over values of one type, and values from and to what is stored.
+template <typename T>
+struct KernelsOf {
+  void (*radam)(const RadamArgs<T>&);
+  void (*lookahead)(const LookaheadArgs<T>&);
+  void (*decode[kDTypes])(const void* stored, T* values, int64_t count);
+  void (*encode[kDTypes])(const T* values, void* stored, int64_t count);
 };
 
-inline void radam(const Kernels& k, const RadamArgs<float>& args) { k.radam_f32(args); }
-inline void radam(const Kernels& k, const RadamArgs<double>& args) { k.radam_f64(args); }
-inline void lookahead(const Kernels& k, const LookaheadArgs<float>& args) { k.lookahead_f32(args); }
-inline void lookahead(const Kernels& k, const LookaheadArgs<double>& args) {
-  k.lookahead_f64(args);
-}
+struct Kernels {
+  const char* instruction_set;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+};
 
 // The kernels for the widest instruction set that this processor has and this binary was built for.
 const Kernels& kernels();
+
+template <typename T>
+const KernelsOf<T>& kernels_of();
+template <>
+inline const KernelsOf<float>& kernels_of() {
+  return kernels().f32;
+}
+template <>
+inline const KernelsOf<double>& kernels_of() {
+  return kernels().f64;
+}
 
 }  // namespace ranger::cpu

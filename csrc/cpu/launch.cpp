@@ -1,7 +1,6 @@
 #include "launch.h"
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <type_traits>
 
@@ -11,51 +10,89 @@
 namespace ranger::cpu {
 namespace {
 
-// One stream of one chunk as consecutive memory: the tensor's own, or a copy of it in `scratch`.
+// Elements that a thread copies at a time: the copies of all streams stay in its caches.
+constexpr int64_t kPieceSize = 2048;
+
+// A thread's room for one stream's copies, kept from step to step.
 template <typename T>
-class ChunkView {
+struct Scratch {
+  T values[kPieceSize];
+  alignas(8) char stored[kPieceSize * 8];
+};
+
+template <typename T>
+Scratch<T>& scratch(Stream stream) {
+  thread_local std::unique_ptr<Scratch<T>[]> room;
+  if (!room) room.reset(new Scratch<T>[kStreams]);
+  return room[stream];
+}
+
+// One stream of some elements as values side by side: the tensor's own memory, or a copy.
+template <typename T>
+class Values {
  public:
-  ChunkView(const TensorRow& row, const Chunk& chunk, Stream stream, T* scratch)
+  Values(const TensorRow& row, const Chunk& chunk, Stream stream)
       : row_(row), chunk_(chunk), stream_(stream) {
-    T* base = static_cast<T*>(row.data[stream]);
-    if (base == nullptr) {
-      data_ = nullptr;
-    } else if (is_consecutive()) {
-      data_ = base + chunk.begin;
-    } else {
-      data_ = scratch;
-      for_each_offset(row.layout->sizes, row.layout->strides[stream], chunk.begin, chunk.count,
-                      [&](int64_t i, int64_t offset) { scratch[i] = base[offset]; });
+    if (row.data[stream] == nullptr || is_own()) {
+      values_ = row.data[stream] == nullptr ? nullptr : reinterpret_cast<T*>(consecutive());
+      return;
     }
+    Scratch<T>& room = scratch<T>(stream);
+    values_ = room.values;
+    const void* from = consecutive();
+    if (is_strided()) {
+      for_each_element([](auto& element, auto& copy) { copy = element; });
+      from = room.stored;
+    }
+    kernels_of<T>().decode[static_cast<int>(dtype())](from, values_, chunk.count);
   }
 
-  T* data() const { return data_; }
+  T* data() const { return values_; }
 
-  // Puts a copy's elements back; nothing to do for a tensor's own memory.
+  // Puts a copy's values back; nothing to do for a tensor's own memory.
   void write_back() const {
-    if (data_ == nullptr || is_consecutive()) return;
-    T* base = static_cast<T*>(row_.data[stream_]);
-    for_each_offset(row_.layout->sizes, row_.layout->strides[stream_], chunk_.begin, chunk_.count,
-                    [&](int64_t i, int64_t offset) { base[offset] = data_[i]; });
+    if (values_ == nullptr || is_own()) return;
+    void* const to = is_strided() ? scratch<T>(stream_).stored : consecutive();
+    kernels_of<T>().encode[static_cast<int>(dtype())](values_, to, chunk_.count);
+    if (is_strided()) for_each_element([](auto& element, auto& copy) { element = copy; });
   }
 
  private:
-  bool is_consecutive() const {
-    return row_.layout == nullptr || row_.layout->strides[stream_].empty();
+  DType dtype() const { return stored(row_, stream_); }
+  bool is_strided() const {
+    return row_.layout != nullptr && !row_.layout->strides[stream_].empty();
+  }
+  bool is_own() const { return !is_strided() && dtype() == kDTypeOf<T>; }
+
+  char* consecutive() const {
+    return static_cast<char*>(row_.data[stream_]) + chunk_.begin * info_of(dtype()).item_size;
+  }
+
+  // Calls visit(element, copy) for each element and its place in the copies of what is stored.
+  template <class Visit>
+  void for_each_element(const Visit& visit) const {
+    by_dtype(dtype(), [&](auto zero) {
+      auto* const base = static_cast<decltype(zero)*>(row_.data[stream_]);
+      auto* const copies = reinterpret_cast<decltype(zero)*>(scratch<T>(stream_).stored);
+      for_each_offset(row_.layout->sizes, row_.layout->strides[stream_], chunk_.begin, chunk_.count,
+                      [&](int64_t i, int64_t offset) { visit(base[offset], copies[i]); });
+    });
   }
 
   const TensorRow& row_;
   const Chunk& chunk_;
   Stream stream_;
-  T* data_;
+  T* values_;
 };
 
-// A thread's room for the chunk copies, kept from step to step.
-template <typename T>
-T* scratch(Stream stream) {
-  thread_local std::unique_ptr<T[]> room;
-  if (!room) room.reset(new T[kStreams * kChunkSize]);
-  return room.get() + stream * kChunkSize;
+// Whether the kernels can work on all of the row's streams as they are.
+bool is_direct(const TensorRow& row, DType value) {
+  bool direct = row.layout == nullptr;
+  for (int stream = 0; stream < kStreams; ++stream) {
+    if (row.data[stream] == nullptr) continue;
+    direct = direct && stored(row, static_cast<Stream>(stream)) == value;
+  }
+  return direct;
 }
 
 template <typename T>
@@ -68,45 +105,56 @@ const Coefficients<T>& of(const StepScalars& scalars) {
 }
 
 template <typename T>
-void radam_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-  const bool sync = now.schedule.sync && row.data[kSlowParam] != nullptr;
-  RadamArgs<T> args{of<T>(now), now.schedule.rectified, sync, chunk.count};
-  const auto bind = [&](auto&& at) {
-    args.p = at(kParam);
-    args.g = at(kGrad);
-    args.m = at(kExpAvg);
-    args.v = at(kExpAvgSq);
-    args.slow = sync ? at(kSlowParam) : nullptr;
-    radam(kernels(), args);
-  };
-  if (row.layout == nullptr) {
-    bind([&](Stream stream) { return static_cast<T*>(row.data[stream]) + chunk.begin; });
-    return;
+void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+  const Values<T> p(row, chunk, kParam), g(row, chunk, kGrad);
+  const Values<T> m(row, chunk, kExpAvg), v(row, chunk, kExpAvgSq);
+  RadamArgs<T> args{
+      of<T>(now), now.schedule.rectified, false, chunk.count, p.data(), g.data(), m.data(),
+      v.data()};
+  if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
+    const Values<T> slow(row, chunk, kSlowParam);
+    args.sync = true;
+    args.slow = slow.data();
+    kernels_of<T>().radam(args);
+    slow.write_back();
+  } else {
+    kernels_of<T>().radam(args);
   }
-  const auto view = [&](Stream s) { return ChunkView<T>(row, chunk, s, scratch<T>(s)); };
-  const std::array<ChunkView<T>, kStreams> views = {view(kParam), view(kGrad), view(kExpAvg),
-                                                    view(kExpAvgSq), view(kSlowParam)};
-  bind([&](Stream stream) { return views[stream].data(); });
-  for (Stream written : {kParam, kExpAvg, kExpAvgSq}) views[written].write_back();
-  if (sync) views[kSlowParam].write_back();
+  for (const Values<T>* written : {&p, &m, &v}) written->write_back();
 }
 
 template <typename T>
-void lookahead_chunk(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-  const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
-  const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
-  lookahead(kernels(), LookaheadArgs<T>{chunk.count, p.data(), slow.data(), of<T>(now).alpha});
+void run_lookahead(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+  const Values<T> p(row, chunk, kParam), slow(row, chunk, kSlowParam);
+  kernels_of<T>().lookahead({chunk.count, p.data(), slow.data(), of<T>(now).alpha});
   p.write_back();
   slow.write_back();
 }
 
+// Bits change places, not values.
 template <typename T>
-void swap_chunk(const TensorRow& row, const Chunk& chunk) {
-  const ChunkView<T> p(row, chunk, kParam, scratch<T>(kParam));
-  const ChunkView<T> slow(row, chunk, kSlowParam, scratch<T>(kSlowParam));
+void run_swap(const TensorRow& row, const Chunk& chunk) {
+  const Values<T> p(row, chunk, kParam), slow(row, chunk, kSlowParam);
   std::swap_ranges(p.data(), p.data() + chunk.count, slow.data());
   p.write_back();
   slow.write_back();
+}
+
+// Calls `run` for a chunk, or for as much of it at a time as can be copied.
+template <class Run>
+void for_each_piece(const Chunk& chunk, bool direct, const Run& run) {
+  const int64_t most = direct ? chunk.count : kPieceSize;
+  for (int64_t done = 0; done < chunk.count; done += most) {
+    const int64_t count = std::min(most, chunk.count - done);
+    run(Chunk{chunk.row, static_cast<int32_t>(count), chunk.begin + done});
+  }
+}
+
+template <typename T>
+void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+  for_each_piece(chunk, is_direct(row, kDTypeOf<T>), [&](const Chunk& piece) {
+    rule == Rule::kRadam ? run_radam<T>(row, piece, now) : run_lookahead<T>(row, piece, now);
+  });
 }
 
 template <typename Body>
@@ -158,16 +206,12 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
     elements += row.numel;
     *row.step = static_cast<float>(step);
   }
-  const bool fused = rule_ == Rule::kRadam;
   for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
     const StepScalars* const now = of_row_[chunk.row];
-    if (now == nullptr || !(fused || now->schedule.sync)) return;
+    if (now == nullptr || !(rule_ == Rule::kRadam || now->schedule.sync)) return;
     const TensorRow& row = rows.rows[chunk.row];
-    if (row.dtype == DType::kFloat64) {
-      fused ? radam_chunk<double>(row, chunk, *now) : lookahead_chunk<double>(row, chunk, *now);
-    } else {
-      fused ? radam_chunk<float>(row, chunk, *now) : lookahead_chunk<float>(row, chunk, *now);
-    }
+    info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now)
+                                                 : run_chunk<float>(rule_, row, chunk, *now);
   });
 }
 
@@ -179,7 +223,10 @@ void Launcher::swap(const Rows& rows, int num_threads) const {
   for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
     const TensorRow& row = rows.rows[chunk.row];
     if (!row.active) return;
-    row.dtype == DType::kFloat64 ? swap_chunk<double>(row, chunk) : swap_chunk<float>(row, chunk);
+    const DType dtype = stored(row, kParam);
+    for_each_piece(chunk, is_direct(row, dtype), [&](const Chunk& piece) {
+      dtype == DType::kFloat64 ? run_swap<double>(row, piece) : run_swap<float>(row, piece);
+    });
   });
 }
 

@@ -6,7 +6,7 @@
 namespace ranger::cuda {
 namespace {
 
-std::tuple<DType, bool> kind_of(const TensorRow& row) { return {row.dtype, is_strided(row)}; }
+std::tuple<FormatId, bool> kind_of(const TensorRow& row) { return {row.format, is_strided(row)}; }
 
 std::vector<ScheduleLaunch> cut_into_schedules(const std::vector<TensorRow>& rows,
                                                const std::vector<int32_t>& order, int32_t words) {
@@ -44,7 +44,7 @@ Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int
     const TensorRow& row = rows[order[at]];
     if (before == nullptr || kind_of(*before) != kind_of(row)) {
       const auto first = static_cast<int64_t>(geometry.chunks.size());
-      geometry.launches.push_back({row.dtype, is_strided(row), false, first, 0});
+      geometry.launches.push_back({row.format, is_strided(row), false, first, 0});
     }
     before = &row;
     Launch& launch = geometry.launches.back();

@@ -11,7 +11,7 @@ namespace ranger::cuda {
 
 // The chunks of all rows of one kind.
 struct Launch {
-  DType dtype;
+  FormatId format;
   bool strided;
   bool has_slow;  // any of them
   int64_t first_chunk;

@@ -12,14 +12,11 @@ namespace ranger::cuda {
 
 // --- memory ------------------------------------------------------------------------------------
 
-// `kWidth` neighbouring elements; 16 bytes of them are one access.
+// `kWidth` neighbouring elements; up to 16 bytes of them are one access.
 template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
+struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Pack {
   T values[kWidth];
 };
-
-template <typename T>
-constexpr int kFullWidth = 16 / sizeof(T);
 
 // float64 takes twice the registers; places of strided elements take too many to ask for any.
 template <typename T>
@@ -29,31 +26,42 @@ constexpr int kLeastBlocksOf = kStrided        ? 1
                                : sizeof(T) > 4 ? (kBlocks + 1) / 2
                                                : kBlocks;
 
-// A stream's memory from some element on. On a 16-byte boundary `kWidth` neighbours are one access;
-// elsewhere, as for gradients that are views of a flat bucket, they are one each, in the same
-// thread.
-template <typename T>
+// A stream's memory from some element on, and its values. On a 16-byte boundary `kWidth` neighbours
+// are one access; elsewhere they are one each, in the same thread.
+template <class Codec, typename Value>
 class Memory {
  public:
-  RANGER_HOST_DEVICE explicit Memory(T* first)
-      : first_(first), aligned_(reinterpret_cast<uintptr_t>(first) % 16 == 0) {}
+  using Stored = typename Codec::Stored;
+
+  RANGER_HOST_DEVICE Memory(void* base, int64_t first)
+      : first_(static_cast<Stored*>(base) + first),
+        aligned_(reinterpret_cast<uintptr_t>(first_) % 16 == 0) {}
 
   template <int kWidth>
-  RANGER_HOST_DEVICE auto load(int i) const {
+  RANGER_HOST_DEVICE Pack<Value, kWidth> load(int i) const {
     RANGER_ASSUME_GLOBAL(first_);
-    using Value = std::remove_const_t<T>;
-    if (aligned_) return *reinterpret_cast<const Pack<Value, kWidth>*>(first_ + i);
-    Pack<Value, kWidth> pack;
+    Pack<Stored, kWidth> pack;
+    if (aligned_) {
+      pack = *reinterpret_cast<const Pack<Stored, kWidth>*>(first_ + i);
+    } else {
+      RANGER_UNROLL()
+      for (int j = 0; j < kWidth; ++j) pack.values[j] = first_[i + j];
+    }
+    Pack<Value, kWidth> values;
     RANGER_UNROLL()
-    for (int j = 0; j < kWidth; ++j) pack.values[j] = first_[i + j];
-    return pack;
+    for (int j = 0; j < kWidth; ++j)
+      values.values[j] = Codec::template decode<Value>(pack.values[j]);
+    return values;
   }
 
   template <int kWidth>
-  RANGER_HOST_DEVICE void store(int i, const Pack<T, kWidth>& pack) const {
+  RANGER_HOST_DEVICE void store(int i, const Pack<Value, kWidth>& values) const {
     RANGER_ASSUME_GLOBAL(first_);
+    Pack<Stored, kWidth> pack;
+    RANGER_UNROLL()
+    for (int j = 0; j < kWidth; ++j) pack.values[j] = Codec::encode(values.values[j]);
     if (aligned_) {
-      *reinterpret_cast<Pack<T, kWidth>*>(first_ + i) = pack;
+      *reinterpret_cast<Pack<Stored, kWidth>*>(first_ + i) = pack;
       return;
     }
     RANGER_UNROLL()
@@ -61,8 +69,33 @@ class Memory {
   }
 
  private:
-  T* first_;
+  Stored* first_;
   bool aligned_;
+};
+
+// A gradient's memory: of any type, and, as a view of a flat bucket, on any boundary.
+template <typename Value>
+class GradMemory {
+ public:
+  RANGER_HOST_DEVICE GradMemory(const void* base, int64_t first, DType dtype)
+      : base_(const_cast<void*>(base)), first_(first), dtype_(dtype) {}
+
+  template <int kWidth>
+  RANGER_HOST_DEVICE Pack<Value, kWidth> load(int i) const {
+    if (dtype_ == kDTypeOf<Value>) return as<Value>().template load<kWidth>(i);
+    return by_dtype(dtype_,
+                    [&](auto zero) { return as<decltype(zero)>().template load<kWidth>(i); });
+  }
+
+ private:
+  template <typename Stored>
+  RANGER_HOST_DEVICE Memory<Plain<Stored>, Value> as() const {
+    return {base_, first_};
+  }
+
+  void* base_;
+  int64_t first_;
+  DType dtype_;
 };
 
 // Where element `index` of a row lies in `stream`, in elements. A layout is the number of
@@ -180,11 +213,14 @@ struct ScheduleKernel {
 
 // --- the fused step ------------------------------------------------------------------------------
 
-template <typename T>
+template <class Format>
 struct Streams {
-  Memory<T> p;
-  Memory<const T> g;
-  Memory<T> m, v, slow;
+  using Value = typename Format::Value;
+  Memory<typename Format::Param, Value> p;
+  GradMemory<Value> g;
+  Memory<typename Format::ExpAvg, Value> m;
+  Memory<typename Format::ExpAvgSq, Value> v;
+  Memory<typename Format::SlowParam, Value> slow;
 };
 
 template <typename T>
@@ -195,8 +231,8 @@ struct Update {
 
 // Moves `kCount` packs from element `first` on, kThreads of them apart, as far as they lie before
 // `end`. All loads come before the first store, so that they wait for memory side by side.
-template <int kWidth, int kCount, typename T>
-RANGER_HOST_DEVICE void update(const Streams<T>& s, int first, int end, const Update<T>& u) {
+template <int kWidth, int kCount, class Format, typename T>
+RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, const Update<T>& u) {
   constexpr int kApart = kThreads * kWidth;
   Pack<T, kWidth> p[kCount] = {}, g[kCount] = {}, m[kCount] = {}, v[kCount] = {}, slow[kCount] = {};
   RANGER_UNROLL()
@@ -232,22 +268,21 @@ RANGER_HOST_DEVICE void update(const Streams<T>& s, int first, int end, const Up
   }
 }
 
-// Calls `body` for all elements of a block: packs of 16 bytes, and single elements behind the last.
-template <typename T, class Thread, class Body>
+// Calls `body` for all elements of a block: packs, and single elements behind the last.
+template <int kWidth, int kCount, class Thread, class Body>
 RANGER_HOST_DEVICE void for_each_pack(const Thread& thread, int count, const Body& body) {
-  constexpr int kWidth = kFullWidth<T>;
   const int packed = count / kWidth * kWidth;
   RANGER_UNROLL(1)
-  for (int i = thread.index() * kWidth; i < packed; i += kThreads * kWidth * kPacksOf<T>) {
-    body.template at<kWidth, kPacksOf<T>>(i, packed);
+  for (int i = thread.index() * kWidth; i < packed; i += kThreads * kWidth * kCount) {
+    body.template at<kWidth, kCount>(i, packed);
   }
   if (packed + thread.index() < count) body.template at<1, 1>(packed + thread.index(), count);
 }
 
-template <typename T>
+template <class Format>
 struct RadamBody {
-  const Streams<T>& s;
-  const Update<T>& u;
+  const Streams<Format>& s;
+  const Update<typename Format::Value>& u;
   template <int kWidth, int kCount>
   RANGER_HOST_DEVICE void at(int first, int end) const {
     update<kWidth, kCount>(s, first, end, u);
@@ -255,10 +290,11 @@ struct RadamBody {
 };
 
 // RAdam and, where a cycle ends, Lookahead.
-template <typename T, bool kStrided>
+template <class Format, bool kStrided>
 struct RadamKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
+  using T = typename Format::Value;
   static constexpr int kLeastBlocks = kLeastBlocksOf<T, kStrided>;
 
   template <class Thread>
@@ -272,11 +308,11 @@ struct RadamKernel {
                       (flags & kRectified) != 0, (flags & kSync) != 0};
     const Span span = span_of(chunk, row.numel);
     const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow) {
-      return Streams<T>{Memory<T>(static_cast<T*>(row.data[kParam]) + p),
-                        Memory<const T>(static_cast<const T*>(staged.scalars.grad) + g),
-                        Memory<T>(static_cast<T*>(row.data[kExpAvg]) + m),
-                        Memory<T>(static_cast<T*>(row.data[kExpAvgSq]) + v),
-                        Memory<T>(static_cast<T*>(row.data[kSlowParam]) + slow)};
+      return Streams<Format>{{row.data[kParam], p},
+                             {staged.scalars.grad, g, static_cast<DType>(row.grad_dtype)},
+                             {row.data[kExpAvg], m},
+                             {row.data[kExpAvgSq], v},
+                             {row.data[kSlowParam], slow}};
     };
     if constexpr (kStrided) {
       RANGER_UNROLL(1)
@@ -284,14 +320,14 @@ struct RadamKernel {
         const auto at = [&](int stream) {
           return strided_offset(row.layout, stream, span.begin + i);
         };
-        const Streams<T> s =
+        const Streams<Format> s =
             from(at(kParam), at(kGrad), at(kExpAvg), at(kExpAvgSq), u.sync ? at(kSlowParam) : 0);
         update<1, 1>(s, 0, 1, u);
       }
     } else {
       const int64_t begin = span.begin;
-      const Streams<T> s = from(begin, begin, begin, begin, begin);
-      for_each_pack<T>(thread, span.count, RadamBody<T>{s, u});
+      const Streams<Format> s = from(begin, begin, begin, begin, begin);
+      for_each_pack<Format::kPackWidth, kPacksOf<T>>(thread, span.count, RadamBody<Format>{s, u});
     }
   }
 };
@@ -299,15 +335,15 @@ struct RadamKernel {
 // --- parameters and slow weights alone -----------------------------------------------------------
 
 // `Rule` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
-template <typename T, bool kStrided, class Rule>
+template <class Param, class SlowParam, typename T, int kPackWidth, bool kStrided, class Rule>
 struct SlowKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
   static constexpr int kLeastBlocks = kLeastBlocksOf<T, kStrided>;
 
   struct Body {
-    Memory<T> p;
-    Memory<T> slow;
+    Memory<Param, T> p;
+    Memory<SlowParam, T> slow;
     T alpha;
 
     template <int kWidth, int kCount>
@@ -342,8 +378,7 @@ struct SlowKernel {
     const Span span = span_of(chunk, row.numel);
     const T alpha = coefficients_of<T>(staged.scalars).alpha;
     const auto from = [&](int64_t p, int64_t slow) {
-      return Body{Memory<T>(static_cast<T*>(row.data[kParam]) + p),
-                  Memory<T>(static_cast<T*>(row.data[kSlowParam]) + slow), alpha};
+      return Body{{row.data[kParam], p}, {row.data[kSlowParam], slow}, alpha};
     };
     if constexpr (kStrided) {
       RANGER_UNROLL(1)
@@ -354,7 +389,7 @@ struct SlowKernel {
         from(at(kParam), at(kSlowParam)).template at<1, 1>(0, 1);
       }
     } else {
-      for_each_pack<T>(thread, span.count, from(span.begin, span.begin));
+      for_each_pack<kPackWidth, kPacksOf<T>>(thread, span.count, from(span.begin, span.begin));
     }
   }
 };
@@ -382,5 +417,15 @@ struct Swap {
     slow = kept;
   }
 };
+
+template <class Format, bool kStrided>
+using InterpolationKernel =
+    SlowKernel<typename Format::Param, typename Format::SlowParam, typename Format::Value,
+               Format::kPackWidth, kStrided, Interpolation>;
+
+// Bits change places, not values.
+template <class Format, bool kStrided>
+using SwapKernel = SlowKernel<typename Format::Param, typename Format::SlowParam,
+                              typename Format::Param::Stored, Format::kPackWidth, kStrided, Swap>;
 
 }  // namespace ranger::cuda

@@ -38,19 +38,13 @@ void append_layout(std::vector<int64_t>& words, const Layout& layout) {
 }
 
 // Calls `run` with the kernel for a launch's kind of rows: by_kind<RadamKernel>(launch, run).
-template <template <typename T, bool kStrided> class KernelOf, class Run>
+template <template <class Format, bool kStrided> class KernelOf, class Run>
 void by_kind(const Launch& launch, const Run& run) {
-  if (launch.dtype == DType::kFloat64) {
-    launch.strided ? run(KernelOf<double, true>()) : run(KernelOf<double, false>());
-  } else {
-    launch.strided ? run(KernelOf<float, true>()) : run(KernelOf<float, false>());
-  }
+  by_format(launch.format, [&](auto format) {
+    using Format = decltype(format);
+    launch.strided ? run(KernelOf<Format, true>()) : run(KernelOf<Format, false>());
+  });
 }
-
-template <typename T, bool kStrided>
-using InterpolationKernel = SlowKernel<T, kStrided, Interpolation>;
-template <typename T, bool kStrided>
-using SwapKernel = SlowKernel<T, kStrided, Swap>;
 
 // Calls `run` with the schedule kernel of the smallest tier that so many words fit.
 template <int kTier = 0, class Run>
@@ -89,7 +83,8 @@ void Launcher::prepare(const Rows& rows) {
       record.layout = static_cast<const int64_t*>(tables->layouts.get()) + layout_of[at];
     }
     record.group = row.group;
-    record.is_float64 = row.dtype == DType::kFloat64;
+    record.is_float64 = info_of(row.format).value == DType::kFloat64;
+    record.grad_dtype = static_cast<int16_t>(row.grad_dtype);
     records.push_back(record);
   }
   tables->rows = on_device(records);
@@ -139,7 +134,7 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
   }
 }
 
-template <template <typename T, bool kStrided> class KernelOf>
+template <template <class Format, bool kStrided> class KernelOf>
 void Launcher::run(void* stream) {
   for (const Launch& launch : geometry_.launches) {
     const StepArgs args = {tables(launch.first_chunk)};

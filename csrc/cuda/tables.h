@@ -35,7 +35,8 @@ struct DeviceRow {
   float* step;
   const int64_t* layout;  // nullptr: all streams are consecutive; otherwise see strided_offset()
   int32_t group;
-  int32_t is_float64;
+  int16_t is_float64;  // its arithmetic
+  int16_t grad_dtype;  // DType
 };
 
 // A block's work: elements [index * kChunkSize, ...) of a row.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import rounding
+from ..formats import Format
 from ..hyperparameters import Hyperparameters
 from ..schedule import Coefficients, coefficients, rounded
 from ..tensors import plain
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     grad: Tensor | None  # plain and real: see tensors.plain_grad; None if the rule reads none
     state: dict[str, Any]
     group: int
+    format: Format
 
     def tensors(self) -> list[Tensor]:
         """All memory that a step of this parameter reads or writes."""
@@ -51,7 +52,8 @@ def radam_step(
     for row in rows:
         assert row.grad is not None
         t = int(row.state["step"]) + 1
-        dtype = rounding.compute_dtype(row.param.dtype)
+        format = row.format
+        dtype = format.value
         key = (row.group, t, dtype)
         if key not in memo:
             memo[key] = coefficients(hypers[row.group], t, grad_scales[row.group], dtype)
@@ -59,40 +61,46 @@ def radam_step(
 
         state = {name: plain(value) for name, value in row.state.items() if torch.is_tensor(value)}
         param = plain(row.param)
-        value = rounding.load(param, state)
-        value = radam(value, row.grad.to(dtype), state["exp_avg"], state["exp_avg_sq"], c)
+        p = format.param.decode(param, state, dtype)
+        m = format.exp_avg.decode(state["exp_avg"], state, dtype)
+        v = format.exp_avg_sq.decode(state["exp_avg_sq"], state, dtype)
+        p, m, v = radam(p, row.grad.to(dtype), m, v, c)
         if c.sync:
-            value = lookahead(value, state["slow_param"], c.alpha)
-        rounding.store(value, param, state)
+            slow = format.slow_param.decode(state["slow_param"], state, dtype)
+            p = lookahead(p, slow, c.alpha)
+            format.slow_param.encode(p, state["slow_param"], state)
+        format.param.encode(p, param, state)
+        format.exp_avg.encode(m, state["exp_avg"], state)
+        format.exp_avg_sq.encode(v, state["exp_avg_sq"], state)
         row.state["step"].fill_(t)
 
 
-def radam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> Tensor:
+def radam(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
     """The RAdam update of one parameter (Algorithm 2 of the paper, lines 5 to 13).
 
     Args:
-        p, g: parameter and gradient; not written.
-        m, v: ``exp_avg`` and ``exp_avg_sq``; updated in place.
+        p, g, m, v: parameter, gradient, ``exp_avg`` and ``exp_avg_sq``; none is written.
     Returns:
-        the new parameter.
+        the new parameter, ``exp_avg`` and ``exp_avg_sq``.
     """
     g = g * c.grad_scale
     if c.weight_decay != 0.0:
         g = g + c.weight_decay * p
-    m.copy_(c.beta1 * m + c.one_minus_beta1 * g)
-    v.copy_(c.beta2 * v + c.one_minus_beta2 * (g * g))
+    m = c.beta1 * m + c.one_minus_beta1 * g
+    v = c.beta2 * v + c.one_minus_beta2 * (g * g)
     u = m / (sqrt(v) + c.eps) if c.rectified else m
-    return p * c.decay - c.step_size * u
+    return p * c.decay - c.step_size * u, m, v
 
 
 def lookahead(p: Tensor, slow: Tensor, alpha: float) -> Tensor:
     """The Lookahead interpolation (Algorithm 1 of the paper, last line of the outer loop).
 
-    Updates ``slow`` in place and returns it: both weights go on from there. ``alpha = 1`` takes
-    ``p`` itself, which ``slow + (p - slow)`` may miss by a rounding.
+    Returns the new slow weight, which both go on from. ``alpha = 1`` takes ``p`` itself, which
+    ``slow + (p - slow)`` may miss by a rounding.
     """
-    slow.copy_(p if alpha == 1.0 else slow + alpha * (p - slow))
-    return slow
+    return p if alpha == 1.0 else slow + alpha * (p - slow)
 
 
 def sqrt(v: Tensor) -> Tensor:
@@ -112,8 +120,12 @@ def lookahead_step(
         t = int(row.state["lookahead_step"]) + 1
         if t % hypers[row.group].k == 0:
             param, slow = plain(row.param), plain(row.state["slow_param"])
-            alpha = rounded([hypers[row.group].alpha], slow.dtype)[0]
-            param.copy_(lookahead(param.to(slow.dtype), slow, alpha))
+            format, dtype = row.format, row.format.value
+            alpha = rounded([hypers[row.group].alpha], dtype)[0]
+            p = format.param.decode(param, {}, dtype)
+            p = lookahead(p, format.slow_param.decode(slow, {}, dtype), alpha)
+            format.slow_param.encode(p, slow, {})
+            format.param.encode(p, param, {})
         row.state["lookahead_step"].fill_(t)
 
 

@@ -11,21 +11,29 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# A tensor's record, in words (DeviceRow): the address of each stream, then these.
+# A tensor's record, in words (DeviceRow): the address of each stream, then these. GROUP has the
+# group in its lower half, then, in 16 bits each, whether the arithmetic is float64 and the
+# gradient's dtype.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, SLOW_PARAM = (tl.constexpr(i) for i in range(5))
 NUMEL, STEP, LAYOUT, GROUP = (tl.constexpr(i) for i in range(5, 9))
 ROW_WORDS = tl.constexpr(9)
 
 # A tensor's scalars, in words (RowScalars): flags, the address of its gradient, then the
-# coefficients, as float64, or as float32 in half the room.
+# coefficients, as float64, or as float32 in half of their words.
 SCALAR_WORDS, GRADIENT, COEFFICIENTS = tl.constexpr(12), tl.constexpr(1), tl.constexpr(2)
 ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8))
 
 # What a step is told, in words: the address of each tensor's gradient; then those of three numbers
-# on the device (0: there is none), each with whether it is float64; then for each group
-# ranger_cuda.hyperparameters.Hyperparameters in its order, and a learning rate on the device.
+# on the device (0: there is none), each with whether it is float64; then for each group its
+# Hyperparameters and a learning rate on the device.
 GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 6))
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, RHO_THRESHOLD, ALPHA, K, MAX_GRAD_NORM, DECOUPLED, MAXIMIZE = (
+    tl.constexpr(i) for i in range(11)
+)
 GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
+
+# A gradient's dtype (DType of csrc/formats.h): float32, or one of these.
+FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 # --- the rule: elements, no memory ---------------------------------------------------------------
@@ -132,20 +140,20 @@ def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
     counter = address.to(tl.pointer_type(tl.float32))
     step = tl.load(counter, mask=active, other=0.0).to(tl.int64) + 1
     group_and_type = tl.load(record + GROUP, mask=inside, other=0)
-    is_float64 = (group_and_type >> 32) != 0
+    is_float64 = ((group_and_type >> 32) & 0xFFFF) != 0
     group = told + count + SIGNAL_WORDS + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
 
-    lr = number_at(group + GROUP_LR, float64_at(group, active), active)
-    beta1 = float64_at(group + 1, active)
-    beta2 = float64_at(group + 2, active)
-    eps = float64_at(group + 3, active)
-    weight_decay = float64_at(group + 4, active)
-    rho_threshold = float64_at(group + 5, active)
-    alpha = float64_at(group + 6, active)
-    k = tl.load(group + 7, mask=active, other=0)
-    max_grad_norm = float64_at(group + 8, active)
-    decoupled = tl.load(group + 9, mask=active, other=0) != 0
-    maximize = tl.load(group + 10, mask=active, other=0) != 0
+    lr = number_at(group + GROUP_LR, float64_at(group + LR, active), active)
+    beta1 = float64_at(group + BETA1, active)
+    beta2 = float64_at(group + BETA2, active)
+    eps = float64_at(group + EPS, active)
+    weight_decay = float64_at(group + WEIGHT_DECAY, active)
+    rho_threshold = float64_at(group + RHO_THRESHOLD, active)
+    alpha = float64_at(group + ALPHA, active)
+    k = tl.load(group + K, mask=active, other=0)
+    max_grad_norm = float64_at(group + MAX_GRAD_NORM, active)
+    decoupled = tl.load(group + DECOUPLED, mask=active, other=0) != 0
+    maximize = tl.load(group + MAXIMIZE, mask=active, other=0) != 0
 
     t = step.to(tl.float64)
     beta1_t = ipow(beta1, step)
@@ -198,9 +206,9 @@ def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
 @triton.jit
 def write_scalar(slot, index: tl.constexpr, value, active, is_float64):
     """Coefficient ``index``, rounded once to the type of the tensor's arithmetic."""
-    at = slot + COEFFICIENTS
-    double = at.to(tl.pointer_type(tl.float64)) + index
-    single = at.to(tl.pointer_type(tl.float32)) + index
+    at = slot + COEFFICIENTS + index
+    double = at.to(tl.pointer_type(tl.float64))
+    single = at.to(tl.pointer_type(tl.float32))
     tl.store(double, value, mask=active & is_float64)
     tl.store(single, value.to(tl.float32), mask=active & (is_float64 == 0))
 
@@ -234,21 +242,37 @@ def strided_offset(layout, stream: tl.constexpr, index):
 
 
 @triton.jit
-def load(word, i, mask, T: tl.constexpr):
-    """Elements ``i`` of the stream at the address ``word``: 16 bytes an access where it lies at a
-    multiple of 16, which is not known of an address from a table until ``multiple_of`` says it."""
-    stream = word.to(tl.pointer_type(T))
+def load(word, i, mask, STORED: tl.constexpr, T: tl.constexpr):
+    """Elements ``i`` of the stream at the address ``word``, as values: 16 bytes an access where it
+    lies at a multiple of 16, which is not known of an address from a table until ``multiple_of``
+    says it."""
+    stream = word.to(tl.pointer_type(STORED))
     if (word & 15) == 0:
         values = tl.load(tl.multiple_of(stream, 16) + i, mask=mask)
     else:
         values = tl.load(stream + i, mask=mask)
-    return values
+    return values.to(T)
 
 
 @triton.jit
-def store(word, i, values, mask, T: tl.constexpr):
+def load_grad(word, i, mask, dtype, T: tl.constexpr):
+    """Elements of a gradient, which is of any dtype."""
+    if dtype == FLOAT64:
+        g = load(word, i, mask, tl.float64, T)
+    elif dtype == BFLOAT16:
+        g = load(word, i, mask, tl.bfloat16, T)
+    elif dtype == FLOAT16:
+        g = load(word, i, mask, tl.float16, T)
+    else:
+        g = load(word, i, mask, tl.float32, T)
+    return g
+
+
+@triton.jit
+def store(word, i, values, mask, STORED: tl.constexpr):
     """Likewise."""
-    stream = word.to(tl.pointer_type(T))
+    stream = word.to(tl.pointer_type(STORED))
+    values = values.to(STORED)
     if (word & 15) == 0:
         tl.store(tl.multiple_of(stream, 16) + i, values, mask=mask)
     else:
@@ -266,22 +290,55 @@ def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def radam_block(words, i, mask, c, l2, rectified, sync, T: tl.constexpr):
+def coefficients_at(words, T: tl.constexpr):
+    """What ``write_scalar`` wrote."""
+    at = words.to(tl.pointer_type(T))
+    each: tl.constexpr = 8 // (T.primitive_bitwidth // 8)
+    return Coefficients(
+        grad_scale=tl.load(at + 0 * each),
+        weight_decay=tl.load(at + 1 * each),
+        beta1=tl.load(at + 2 * each),
+        one_minus_beta1=tl.load(at + 3 * each),
+        beta2=tl.load(at + 4 * each),
+        one_minus_beta2=tl.load(at + 5 * each),
+        eps=tl.load(at + 6 * each),
+        decay=tl.load(at + 7 * each),
+        step_size=tl.load(at + 8 * each),
+        alpha=tl.load(at + 9 * each),
+    )
+
+
+@triton.jit
+def radam_block(
+    words,
+    i,
+    mask,
+    c,
+    l2,
+    rectified,
+    sync,
+    grad_dtype,
+    T: tl.constexpr,
+    PARAM_T: tl.constexpr,
+    EXP_AVG_T: tl.constexpr,
+    EXP_AVG_SQ_T: tl.constexpr,
+    SLOW_T: tl.constexpr,
+):
     """The fused step of elements ``i`` of each stream: all are loaded before one is stored."""
-    p = load(words.p, i.p, mask, T)
-    g = load(words.g, i.g, mask, T)
-    m = load(words.m, i.m, mask, T)
-    v = load(words.v, i.v, mask, T)
+    p = load(words.p, i.p, mask, PARAM_T, T)
+    g = load_grad(words.g, i.g, mask, grad_dtype, T)
+    m = load(words.m, i.m, mask, EXP_AVG_T, T)
+    v = load(words.v, i.v, mask, EXP_AVG_SQ_T, T)
     slow = p
     if sync:
-        slow = load(words.slow, i.slow, mask, T)
+        slow = load(words.slow, i.slow, mask, SLOW_T, T)
     p, m, v = radam(p, g, m, v, c, l2, rectified)
     if sync:
         p = lookahead(p, slow, c.alpha)
-        store(words.slow, i.slow, p, mask, T)
-    store(words.p, i.p, p, mask, T)
-    store(words.m, i.m, m, mask, T)
-    store(words.v, i.v, v, mask, T)
+        store(words.slow, i.slow, p, mask, SLOW_T)
+    store(words.p, i.p, p, mask, PARAM_T)
+    store(words.m, i.m, m, mask, EXP_AVG_T)
+    store(words.v, i.v, v, mask, EXP_AVG_SQ_T)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -291,6 +348,10 @@ def radam_kernel(
     chunks,
     first_chunk,
     T: tl.constexpr,
+    PARAM_T: tl.constexpr,
+    EXP_AVG_T: tl.constexpr,
+    EXP_AVG_SQ_T: tl.constexpr,
+    SLOW_T: tl.constexpr,
     STRIDED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -305,19 +366,8 @@ def radam_kernel(
         rectified = (flags & RECTIFIED) != 0
         l2 = (flags & L2) != 0
         sync = (flags & SYNC) != 0
-        at = (slot + COEFFICIENTS).to(tl.pointer_type(T))
-        c = Coefficients(
-            grad_scale=tl.load(at),
-            weight_decay=tl.load(at + 1),
-            beta1=tl.load(at + 2),
-            one_minus_beta1=tl.load(at + 3),
-            beta2=tl.load(at + 4),
-            one_minus_beta2=tl.load(at + 5),
-            eps=tl.load(at + 6),
-            decay=tl.load(at + 7),
-            step_size=tl.load(at + 8),
-            alpha=tl.load(at + 9),
-        )
+        c = coefficients_at(slot + COEFFICIENTS, T)
+        grad_dtype = tl.load(record + GROUP) >> 48
         words = Streams(
             p=tl.load(record + PARAM),
             g=tl.load(slot + GRADIENT),
@@ -337,33 +387,88 @@ def radam_kernel(
                     v=strided_offset(layout, EXP_AVG_SQ, index),
                     slow=strided_offset(layout, SLOW_PARAM, index),
                 )
-                radam_block(words, i, start + lanes < count, c, l2, rectified, sync, T)
+                radam_block(
+                    words,
+                    i,
+                    start + lanes < count,
+                    c,
+                    l2,
+                    rectified,
+                    sync,
+                    grad_dtype,
+                    T,
+                    PARAM_T,
+                    EXP_AVG_T,
+                    EXP_AVG_SQ_T,
+                    SLOW_T,
+                )
         else:
             # What is left over goes in blocks of another length: the compiler gives all loads of a
             # length the same layout, and neighbours in one thread would leave gaps between threads.
             whole = count // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
-                radam_block(words, Streams(i, i, i, i, i), None, c, l2, rectified, sync, T)
+                radam_block(
+                    words,
+                    Streams(i, i, i, i, i),
+                    None,
+                    c,
+                    l2,
+                    rectified,
+                    sync,
+                    grad_dtype,
+                    T,
+                    PARAM_T,
+                    EXP_AVG_T,
+                    EXP_AVG_SQ_T,
+                    SLOW_T,
+                )
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
                 mask = start + rest < count
-                radam_block(words, Streams(i, i, i, i, i), mask, c, l2, rectified, sync, T)
+                radam_block(
+                    words,
+                    Streams(i, i, i, i, i),
+                    mask,
+                    c,
+                    l2,
+                    rectified,
+                    sync,
+                    grad_dtype,
+                    T,
+                    PARAM_T,
+                    EXP_AVG_T,
+                    EXP_AVG_SQ_T,
+                    SLOW_T,
+                )
 
 
 @triton.jit
-def slow_block(p_word, slow_word, i_p, i_slow, mask, alpha, SWAP: tl.constexpr, T: tl.constexpr):
-    """Parameters and slow weights change places, or are interpolated."""
-    p = load(p_word, i_p, mask, T)
-    slow = load(slow_word, i_slow, mask, T)
+def slow_block(
+    p_word,
+    slow_word,
+    i_p,
+    i_slow,
+    mask,
+    alpha,
+    SWAP: tl.constexpr,
+    T: tl.constexpr,
+    PARAM_T: tl.constexpr,
+    SLOW_T: tl.constexpr,
+):
+    """Parameters and slow weights change places, bits and not values, or are interpolated."""
     if SWAP:
-        store(p_word, i_p, slow, mask, T)
-        store(slow_word, i_slow, p, mask, T)
+        p = load(p_word, i_p, mask, PARAM_T, PARAM_T)
+        slow = load(slow_word, i_slow, mask, PARAM_T, PARAM_T)
+        store(p_word, i_p, slow, mask, PARAM_T)
+        store(slow_word, i_slow, p, mask, PARAM_T)
     else:
+        p = load(p_word, i_p, mask, PARAM_T, T)
+        slow = load(slow_word, i_slow, mask, SLOW_T, T)
         slow = lookahead(p, slow, alpha)
-        store(p_word, i_p, slow, mask, T)
-        store(slow_word, i_slow, slow, mask, T)
+        store(p_word, i_p, slow, mask, PARAM_T)
+        store(slow_word, i_slow, slow, mask, SLOW_T)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -373,6 +478,8 @@ def slow_kernel(
     chunks,
     first_chunk,
     T: tl.constexpr,
+    PARAM_T: tl.constexpr,
+    SLOW_T: tl.constexpr,
     STRIDED: tl.constexpr,
     SWAP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -385,7 +492,7 @@ def slow_kernel(
     sync = tl.load(slot) & SYNC
     if (tl.load(record + SLOW_PARAM) if SWAP else sync) != 0:
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
-        alpha = tl.load((slot + COEFFICIENTS).to(tl.pointer_type(T)) + 9)
+        alpha = coefficients_at(slot + COEFFICIENTS, T).alpha
         p = tl.load(record + PARAM)
         slow = tl.load(record + SLOW_PARAM)
         if STRIDED:
@@ -394,13 +501,15 @@ def slow_kernel(
             for start in range(0, count, BLOCK):
                 i_p = strided_offset(layout, PARAM, begin + start + lanes)
                 i_slow = strided_offset(layout, SLOW_PARAM, begin + start + lanes)
-                slow_block(p, slow, i_p, i_slow, start + lanes < count, alpha, SWAP, T)
+                slow_block(
+                    p, slow, i_p, i_slow, start + lanes < count, alpha, SWAP, T, PARAM_T, SLOW_T
+                )
         else:
             whole = count // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
-                slow_block(p, slow, i, i, None, alpha, SWAP, T)
+                slow_block(p, slow, i, i, None, alpha, SWAP, T, PARAM_T, SLOW_T)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
-                slow_block(p, slow, i, i, start + rest < count, alpha, SWAP, T)
+                slow_block(p, slow, i, i, start + rest < count, alpha, SWAP, T, PARAM_T, SLOW_T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,6 @@ from ..tensors import is_capturing
 from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words
 
 if TYPE_CHECKING:
-    from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
 
 
@@ -62,12 +60,16 @@ class TritonLauncher:
         assert self._tables is not None
         self._tables.reserve(capturing=capturing)
 
-    def launch(self, roster: Any, hypers: Sequence[Hyperparameters], signals: Signals) -> None:
-        """Count a step for the rows that move, and run the rule on them."""
+    def launch(self, roster: Any, numbers: bytes, signals: Signals) -> None:
+        """Count a step for the rows that move, and run the rule on them.
+
+        Args:
+            numbers: the hyperparameters of all groups, packed.
+        """
         tables = self._tables
         assert tables is not None
         roster.gradients(self._index, tables.gradients)
-        words = signal_words(signals) + group_words(hypers, signals.lr)
+        words = signal_words(signals) + group_words(numbers, signals.lr)
         with on_device(self._device):
             tables.keep(self._captured)
             tables.launch(words)

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import formats
+
 if TYPE_CHECKING:
-    from ..hyperparameters import Hyperparameters
     from ..scaling import Signals
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
 BLOCK = {torch.float32: 1024, torch.float64: 512}
 SCHEDULE_BLOCK = 128
-DTYPES = (torch.float32, torch.float64)
+FORMATS = {format.name: format for format in formats.FORMATS}
 NUM_WARPS = 4
 
 
@@ -47,7 +48,8 @@ class TensorRow(NamedTuple):
     """
 
     numel: int
-    is_float64: bool
+    format: str  # of ranger_cuda.formats
+    grad_dtype: int  # its place in formats.GRAD_DTYPES
     group: int
     step: int  # address of its count
     sizes: list[int]  # empty where all streams are consecutive, as their strides
@@ -66,7 +68,7 @@ def consecutive(sizes: Sequence[int]) -> list[int]:
 class Launch(NamedTuple):
     """The chunks of all tensors of one kind."""
 
-    dtype: torch.dtype
+    format: formats.Format
     strided: bool
     first_chunk: int
     chunks: int
@@ -95,7 +97,7 @@ class DeviceTables:
         self.device = device
         self._rule = rule
         self._stream = self._current_stream()
-        kind_of = [(row.is_float64, any(row.strides)) for row in rows]
+        kind_of = [(row.format, any(row.strides)) for row in rows]
         self.order = sorted(range(len(rows)), key=kind_of.__getitem__)  # as they stand there
         kinds = [kind_of[i] for i in self.order]
         ordered = [rows[i] for i in self.order]
@@ -112,7 +114,8 @@ class DeviceTables:
             record[5] = row.numel
             record[6] = word(row.step)
             record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
-            record[8] = row.group | row.is_float64 << 32
+            is_float64 = FORMATS[row.format].value == torch.float64
+            record[8] = row.group | is_float64 << 32 | row.grad_dtype << 48
         self._has_slow = any(row.data[4] for row in ordered)
         chunks = [-(-row.numel // CHUNK) for row in ordered]
         table = np.zeros((sum(chunks), 2), dtype=np.int32)
@@ -130,7 +133,7 @@ class DeviceTables:
             first = kinds.index(kind)
             begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
             if end > begin:
-                self.launches.append(Launch(DTYPES[kind[0]], kind[1], begin, end - begin))
+                self.launches.append(Launch(FORMATS[kind[0]], kind[1], begin, end - begin))
         self.gradients = np.zeros(len(rows), dtype=np.int64)  # addresses, in the order of ``rows``
         self._told = told
         self._host: Tensor | None = None
@@ -150,7 +153,7 @@ class DeviceTables:
                 self._count_steps(nothing, 0)
                 tried.add(self.device)
             for launch in self.launches:
-                kind = (self.device, launch.dtype, launch.strided, self._has_slow)
+                kind = (self.device, launch.format.name, launch.strided, self._has_slow)
                 if kind not in tried:
                     one = launch._replace(first_chunk=0, chunks=1)
                     self._run_rule(one, nothing)
@@ -229,7 +232,10 @@ class DeviceTables:
             return
         kernels = load_kernels()
         kernels.radam_kernel[(launch.chunks,)](
-            *tables[:3], launch.first_chunk, **options(kernels, launch)
+            *tables[:3],
+            launch.first_chunk,
+            **options(kernels, launch),
+            **moment_options(kernels, launch),
         )
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:
@@ -279,29 +285,40 @@ def signal_words(signals: Signals) -> list[int]:
     ]
 
 
-def group_words(hypers: Sequence[Hyperparameters], lrs: Sequence[Tensor | None]) -> list[int]:
-    """The hyperparameters of all groups, as the schedule kernel reads them."""
+def group_words(numbers: bytes, lrs: Sequence[Tensor | None]) -> list[int]:
+    """The hyperparameters of all groups, packed, as the schedule kernel reads them."""
     words = []
-    for hyper, lr in zip(hypers, lrs, strict=True):
-        bits = np.array(hyper[:9], dtype=np.float64).view(np.int64)  # lr to max_grad_norm
-        bits[7] = hyper.k
-        words += bits.tolist()
-        words += [int(hyper.decoupled_weight_decay), int(hyper.maximize)]
-        words += number_words(lr)
+    for hyper, lr in zip(np.frombuffer(numbers, np.int64).reshape(len(lrs), -1), lrs, strict=True):
+        words += [*hyper.tolist(), *number_words(lr)]
     return words
 
 
 def options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
     """What a kernel of this kind is compiled with."""
-    tl = kernels.tl
+    format = launch.format
     return {
-        "T": tl.float64 if launch.dtype == torch.float64 else tl.float32,
+        "T": triton_dtype(kernels, format.value),
+        "PARAM_T": triton_dtype(kernels, format.param.dtype),
+        "SLOW_T": triton_dtype(kernels, format.slow_param.dtype),
         "STRIDED": launch.strided,
         "CHUNK": CHUNK,
-        "BLOCK": BLOCK[launch.dtype],
+        "BLOCK": BLOCK[format.value],
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }
+
+
+def moment_options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
+    """The same, of a kernel that moves moments."""
+    return {
+        "EXP_AVG_T": triton_dtype(kernels, launch.format.exp_avg.dtype),
+        "EXP_AVG_SQ_T": triton_dtype(kernels, launch.format.exp_avg_sq.dtype),
+    }
+
+
+def triton_dtype(kernels: ModuleType, dtype: torch.dtype) -> Any:
+    """Triton's name for a dtype of torch's."""
+    return getattr(kernels.tl, str(dtype).removeprefix("torch."))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
