@@ -75,11 +75,13 @@ class Rule(NamedTuple):
     streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
 
-    def format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
+    def format_of(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Format:
         """How ``param`` and its state are stored."""
-        if self.step_name == "lookahead_step":  # which knows of no state but its own
-            return formats.of(param.dtype, "nearest")
-        return formats.of(param.dtype, group["weight_rounding"])
+        if self.step_name == "step":
+            return formats.of(param.dtype, group["weight_rounding"])
+        exact = formats.of(param.dtype)  # where the inner optimizer keeps the rest of parameters
+        kept = all(part.name in state for part in exact.param.rest)
+        return exact if kept else formats.of(param.dtype, "nearest")
 
 
 RADAM = Rule("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
@@ -141,7 +143,7 @@ class _Step:
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
             known.pop("slow_param", None)
-        format = self.rule.format_of(param, self.param_groups[group])
+        format = self.rule.format_of(param, self.param_groups[group], self.state.get(param, {}))
         for key in (self.rule.step_name, *(part.name for part in format.param.rest)):
             check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
@@ -169,8 +171,9 @@ class _Step:
         param, group, name = member
         if self.moved is None and position not in self.gradients:
             self.gradients[position] = plain_grad(param, name)
-        format = self.rule.format_of(param, self.param_groups[group])
-        return Row(param, self.gradients.get(position), self.state[param], group, format)
+        state = self.state[param]
+        format = self.rule.format_of(param, self.param_groups[group], state)
+        return Row(param, self.gradients.get(position), state, group, format)
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""
@@ -437,8 +440,8 @@ class Dispatcher:
             if param not in pairs or (only_unmoved and param not in self.unmoved):
                 continue
             p, slow = pairs[param]
-            format = self._rule.format_of(param, param_groups[group])
             its = state[param]
+            format = self._rule.format_of(param, param_groups[group], its)
             rest = {
                 part.name: plain(its[part.name]) for part in format.param.rest if part.name in its
             }

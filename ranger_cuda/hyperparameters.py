@@ -76,15 +76,19 @@ def _number(value: Any) -> float:
     if type(value) is float:  # as most are
         return value
     tensors.check_allocated(value, "a hyperparameter")
-    is_bool = isinstance(value, (bool, numpy.bool_)) or (
-        isinstance(value, Tensor) and value.dtype == torch.bool
-    )
-    if is_bool or isinstance(value, (str, bytes, bytearray)):
+    is_array = isinstance(value, (numpy.ndarray, numpy.generic))
+    is_other = value.dtype.kind not in "iuf" if is_array else _is_bool(value)
+    if is_other or isinstance(value, (str, bytes, bytearray, memoryview)):
         raise TypeError(f"{shown(value)} is no number")
     try:
         return float(value)
     except (OverflowError, RuntimeError) as error:  # a tensor's are RuntimeErrors
         raise TypeError(f"{shown(value)} is no number: {error}") from error
+
+
+def _is_bool(value: Any) -> bool:
+    is_bool_tensor = isinstance(value, Tensor) and value.dtype == torch.bool
+    return is_bool_tensor or isinstance(value, (bool, numpy.bool_))
 
 
 def _is_within(value: Any, least: float, most: float) -> bool:
@@ -177,7 +181,7 @@ def check_lookahead(k: Any, alpha: Any) -> None:
     """Raise unless ``k`` and ``alpha`` are a Lookahead period and interpolation factor."""
     tensors.check_allocated(k, "k")
     try:
-        period = 0 if isinstance(k, bool) else operator.index(k)
+        period = 0 if _is_bool(k) else operator.index(k)
     except (TypeError, RuntimeError):  # a tensor's is a RuntimeError
         period = 0
     if not 1 <= period < 2**31:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,6 @@ from .optimizer import FusedOptimizer
 from .slow_weights import SlowWeights
 from .tensors import check_param, is_capturing
 
-GROUP_NAMES = ("lookahead_k", "lookahead_alpha")
 # Of the function that torch makes of every class's step(), which runs the hooks.
 HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
 
@@ -31,7 +32,8 @@ class Lookahead(SlowWeights, Optimizer):
     Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS 2019
     (arXiv:1907.08610), Algorithm 1: every ``k`` steps of a parameter its slow weight moves the
     fraction ``alpha`` of the way to it, and it goes on from there. ``Lookahead(RAdam(...))`` and
-    :class:`Ranger` return the same bits; Ranger does it in one pass.
+    :class:`Ranger` return the same bits (but for ``weight_rounding="nearest"``, which then rounds
+    twice); Ranger does it in one pass.
 
     Groups, state, defaults and schedulers are the inner optimizer's: ``param_groups`` and
     ``state`` are the same objects, and a checkpoint holds both.
@@ -52,7 +54,8 @@ class Lookahead(SlowWeights, Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
-        ValueError: an argument is out of range, or ``optimizer`` has slow weights already.
+        ValueError: an argument is out of range, or ``optimizer`` has slow weights already, or
+            saves none of the state that is kept with it (ZeroRedundancyOptimizer).
         RuntimeError: the requested backend cannot run on this machine.
     """
 
@@ -66,6 +69,11 @@ class Lookahead(SlowWeights, Optimizer):
             raise TypeError(
                 f"Lookahead wraps a torch.optim.Optimizer, but got {type(optimizer).__name__}; "
                 "give it an optimizer, not parameters"
+            )
+        if isinstance(optimizer, _zero_redundancy_optimizer()):
+            raise ValueError(
+                "Lookahead around ZeroRedundancyOptimizer would lose its slow weights in every "
+                "checkpoint; use ZeroRedundancyOptimizer(..., optimizer_class=Ranger)"
             )
         if isinstance(optimizer, SlowWeights):
             raise ValueError(
@@ -167,78 +175,86 @@ class Lookahead(SlowWeights, Optimizer):
         """
         self._check_ready("step()")
         with self._dispatcher.alone():
-            any_may_move = closure is not None  # it makes the gradients within the inner step
-            first = self._first_slow_params(any_may_move)
-            moved = self._have_gradient()
-            with Deferred() as deferred:  # an interrupt in between would lose a step of the cycle
-                if closure is None:
-                    result = step_with_own_hooks(self.optimizer)
-                else:
-                    called = deferred.interruptible(closure)
-                    result = step_with_own_hooks(self.optimizer, called)
-                self._pull(first, self._have_gradient() if any_may_move else moved)
+            return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        with Deferred() as deferred:  # an interrupt in between would lose a step of the cycle
+            if closure is not None:
+                closure = deferred.interruptible(closure)
+            its = InnerStep(self.optimizer, () if closure is None else (closure,))
+            its.run_pre_hooks()  # which may make gradients, or drop them
+            cycle = self._begin(its.has_closure)
+            result = its.run()
+            self._pull(cycle)
+            its.run_post_hooks()
         return result
-
-    def _have_gradient(self) -> list[bool]:
-        return [param.grad is not None for param in self._params()]
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
 
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
     @torch.compiler.disable
-    def _first_slow_params(self, any_may_move: bool) -> dict[Tensor, Tensor]:
-        """The slow weights of parameters that may move now and have none."""
+    def _begin(self, any_may_move: bool) -> Cycle:
+        """What the inner step may move, with the slow weights of those that have none. Raises what
+        would keep the pull from being made.
+
+        Args:
+            any_may_move: the inner step calls a closure, which makes the gradients.
+        """
         self._complete_groups()
-        params = self._params()
-        may_move = [any_may_move or param.grad is not None for param in params]
+        groups = [{**group, "params": [*group["params"]]} for group in self.param_groups]
+        hypers = [interpolation(group) for group in groups]
+        found = list(members(groups))
+        may_move = [
+            param.grad is not None or (any_may_move and param.requires_grad)
+            for param, _, _ in found
+        ]
         unmoved = self._dispatcher.unmoved
-        lacking = {
-            param
-            for param, moves in zip(params, may_move, strict=True)
-            if moves
-            and ("slow_param" not in self.state.get(param, {}) or (unmoved and param in unmoved))
-        }
+        lacking = [
+            (param, name)
+            for (param, _, name), moves in zip(found, may_move, strict=True)
+            if moves and ("slow_param" not in self.state.get(param, {}) or param in unmoved)
+        ]
         if lacking and is_capturing():
             raise RuntimeError(
                 "slow weights made in a capture would be made anew at every replay of the CUDA "
                 "graph: take a step with lr above 0 before the capture"
             )
-        for param, _, name in members(self.param_groups):
-            if param in lacking:
-                check_param(param, name)
+        for param, name in lacking:
+            check_param(param, name)
         with torch.inference_mode(False):  # what is made in it could not be written outside
-            first = {param: formats.slow_part(param.dtype).new(param) for param in lacking}
+            first = {param: formats.slow_part(param.dtype).new(param) for param, _ in lacking}
         state = self.state
         if first:  # as if they were there
-            state = {param: {**state.get(param, {})} for param in params}
+            state = {param: {**state.get(param, {})} for param, _, _ in found}
             for param, slow in first.items():
                 state[param]["slow_param"] = slow
         dispatcher = self._dispatcher
         try:
             # What does not fit, or cannot be had, raises before the inner optimizer's step.
-            dispatcher.collect(self.param_groups, state, self._new_state, may_move)
+            dispatcher.collect(groups, state, self._new_state, may_move)
             if first:
                 dispatcher.rehearse()
         finally:
             dispatcher.release()
-        return first
+        return Cycle(groups, hypers, may_move, any_may_move, first)
 
     @torch.compiler.disable
-    def _pull(self, first: dict[Tensor, Tensor], moved: list[bool]) -> None:
+    def _pull(self, cycle: Cycle) -> None:
         """Count a step of the parameters that moved, and interpolate where a cycle ends."""
-        if first:
-            unmoved = self._dispatcher.unmoved
-            for (param, group, _), moves in zip(members(self.param_groups), moved, strict=True):
-                if moves and param in first:
-                    # Not before: an empty state is how optimizers know a parameter's first step.
-                    self.state[param]["slow_param"] = first[param]
-                    if is_at_rest(self.param_groups[group]):
-                        unmoved.add(param)
-                    else:
-                        unmoved.discard(param)
-        hypers = [interpolation(group) for group in self.param_groups]
-        self._dispatcher.step(self.param_groups, self.state, self._new_state, hypers, moved=moved)
+        moved = cycle.may_move
+        if cycle.any_may_move:
+            moved = [
+                may_move and param.grad is not None
+                for (param, _, _), may_move in zip(members(cycle.groups), moved, strict=True)
+            ]
+        unmoved = self._dispatcher.unmoved
+        for (param, group, _), moves in zip(members(cycle.groups), moved, strict=True):
+            if moves and param in cycle.first:
+                # Not before: an empty state is how optimizers know a parameter's first step.
+                self.state[param]["slow_param"] = cycle.first[param]
+                if is_at_rest(cycle.groups[group]):
+                    unmoved.add(param)
+                else:
+                    unmoved.discard(param)
+        self._dispatcher.step(cycle.groups, self.state, self._new_state, cycle.hypers, moved=moved)
 
     @staticmethod
     def _new_state(
@@ -259,17 +275,30 @@ class Lookahead(SlowWeights, Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         result = self.optimizer.state_dict()
+        self._check_saved(result)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
         return result
 
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        """Raise if the inner optimizer saves its state from elsewhere."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, key in zip(group["params"], saved["params"], strict=True):
+                kept = "slow_param" in self.state.get(param, ())
+                if kept and "slow_param" not in state_dict["state"].get(key, ()):
+                    raise RuntimeError(
+                        f"{type(self.optimizer).__name__}.state_dict() leaves out the slow weights "
+                        "that Lookahead keeps in its state; wrap the optimizer that it wraps"
+                    )
+
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load what :meth:`state_dict` returned, or a checkpoint of Ranger or the inner optimizer.
 
         State is copied. Slow weights keep the precision they were saved in; where there are none
-        they start from the parameters as they are at the next step. A group's Lookahead that the
-        checkpoint does not have stays as it is. Everything else is the inner optimizer's to load.
+        they start from the parameters as they are at the next step. Options of a group that the
+        checkpoint does not have stay as they are. Everything else is the inner optimizer's to load,
+        and to check.
 
         Args:
             state_dict: what to load; it is left as it is, and shares no memory with the optimizer.
@@ -288,7 +317,8 @@ class Lookahead(SlowWeights, Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
 
-        with self._dispatcher.alone():  # in the middle of a step, its pull would count to the new
+        # In the middle of a step, its pull would count to what is loaded.
+        with self._dispatcher.alone(), Deferred():
             self._load(state_dict, strict)
         for done_hook in self._optimizer_load_state_dict_post_hooks.values():
             done_hook(self)
@@ -296,9 +326,11 @@ class Lookahead(SlowWeights, Optimizer):
     def _load(self, state_dict: dict[str, Any], strict: bool) -> None:
         params = checkpoint.parameters(state_dict, self.param_groups)
         groups = []
-        for i, saved in enumerate(state_dict["param_groups"]):
+        saved_groups = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        for i, (group, saved) in enumerate(saved_groups):
+            known = {key: value for key, value in group.items() if key != "param_names"}
             with checkpoint.naming(i):
-                groups.append(hyperparameters.with_whole_period(saved))
+                groups.append({**known, **hyperparameters.with_whole_period(saved)})
                 self._check_group(groups[-1])
         inner, ours = split_state(state_dict["state"], params, strict)
         restored = {
@@ -306,7 +338,6 @@ class Lookahead(SlowWeights, Optimizer):
             for key, param in params.items()
             if ours.get(key)
         }
-        kept = [{n: group[n] for n in GROUP_NAMES if n in group} for group in self.param_groups]
         options = (
             {} if strict or not isinstance(self.optimizer, FusedOptimizer) else {"strict": False}
         )
@@ -317,8 +348,6 @@ class Lookahead(SlowWeights, Optimizer):
             self._own(inner)
             for param, values in restored.items():
                 self.state.setdefault(param, {}).update(values)
-            for group, known in zip(self.param_groups, kept, strict=True):
-                group.update({**known, **group})
             self._complete_groups()
         except BaseException:
             # Optimizers of torch notice some of what is wrong when half of it is theirs already.
@@ -339,24 +368,71 @@ class Lookahead(SlowWeights, Optimizer):
                 self.state[key] = tree_map_only(Tensor, own, value)
 
 
-def step_with_own_hooks(optimizer: Optimizer, *args: Any) -> Any:
-    """``optimizer.step(*args)`` without the hooks that are registered for every optimizer."""
-    step: Any = optimizer.step
-    if hasattr(step, "_wrapped_by_lr_sched"):  # by a scheduler, which asks whether it was called
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-        step = step.__wrapped__.__get__(optimizer)
-    function: Any = getattr(step, "__func__", None)
-    if getattr(function, "__code__", None) is not HOOKED:
-        return step(*args)  # somebody's own, who decides what runs around it
-    args, kwargs = (optimizer, *args), dict[str, Any]()
-    for pre_hook in optimizer._optimizer_step_pre_hooks.values():
-        changed = pre_hook(optimizer, args, kwargs)
-        if changed is not None:
-            args, kwargs = changed
-    result = function.__wrapped__(*args, **kwargs)
-    for post_hook in optimizer._optimizer_step_post_hooks.values():
-        post_hook(optimizer, args, kwargs)
-    return result
+class Cycle(NamedTuple):
+    """What the pull after an inner step goes by, as it was found before it."""
+
+    groups: list[dict[str, Any]]  # what joins them meanwhile moves from the next step on
+    hypers: list[Hyperparameters]
+    may_move: list[bool]  # for each parameter
+    any_may_move: bool  # those that get a gradient meanwhile
+    first: dict[Tensor, Tensor]  # the slow weights of parameters that have none
+
+
+class InnerStep:
+    """An optimizer's step with its own hooks, but without those that are registered for every
+    optimizer, which run around the step of the one that wraps it.
+
+    A step that is somebody's own, and not torch's wrapper of a class's, is called as it is.
+    """
+
+    def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]) -> None:
+        self._optimizer = optimizer
+        self._call: Any = optimizer.step
+        self._arguments = arguments
+        self._keywords: dict[str, Any] = {}
+        own: Any = getattr(self._call, "__wrapped__", None)  # by a scheduler, which counts calls
+        is_scheduler_s = "_wrapped_by_lr_sched" in getattr(self._call, "__dict__", {})
+        if is_scheduler_s and getattr(own, "__code__", None) is HOOKED:
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+        else:
+            own = getattr(self._call, "__func__", None)
+        self._function: Any = None
+        if getattr(own, "__code__", None) is HOOKED:
+            self._function = own.__wrapped__
+
+    @property
+    def has_closure(self) -> bool:
+        """Whether the step may make gradients."""
+        return any(value is not None for value in (*self._arguments, *self._keywords.values()))
+
+    def run_pre_hooks(self) -> None:
+        """Before the step."""
+        if self._function is None:
+            return
+        for hook in self._optimizer._optimizer_step_pre_hooks.values():
+            changed = hook(self._optimizer, (self._optimizer, *self._arguments), self._keywords)
+            if changed is not None:
+                (_, *arguments), self._keywords = changed
+                self._arguments = tuple(arguments)
+
+    def run(self) -> Any:
+        """The step."""
+        if self._function is None:
+            return self._call(*self._arguments)
+        return self._function(self._optimizer, *self._arguments, **self._keywords)
+
+    def run_post_hooks(self) -> None:
+        """After it."""
+        if self._function is None:
+            return
+        for hook in self._optimizer._optimizer_step_post_hooks.values():
+            hook(self._optimizer, (self._optimizer, *self._arguments), self._keywords)
+
+
+def _zero_redundancy_optimizer() -> Any:
+    """The class, or () where nobody can have an instance of it."""
+    module = sys.modules.get("torch.distributed.optim")
+    return getattr(module, "ZeroRedundancyOptimizer", ())
 
 
 def split_state(
@@ -397,8 +473,8 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         eps=1.0,
         weight_decay=0.0,
         rho_threshold=4.0,
-        alpha=group["lookahead_alpha"],
-        k=group["lookahead_k"],
+        alpha=float(group["lookahead_alpha"]),
+        k=operator.index(group["lookahead_k"]),
         max_grad_norm=math.inf,
         decoupled_weight_decay=False,
         maximize=False,

@@ -23,6 +23,7 @@ from .checkpoint import (
 from .clipping import total_norm
 from .dispatch import Dispatcher, Rule
 from .hyperparameters import Hyperparameters
+from .interrupts import Deferred
 from .scaling import Scaling
 from .tensors import on_accelerator
 
@@ -153,7 +154,7 @@ class FusedOptimizer(Optimizer):
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
-        for part in self._rule.format_of(param, group).parts(self._rule.streams):
+        for part in self._rule.format_of(param, group, state).parts(self._rule.streams):
             if part.name not in state:
                 new[part.name] = part.new(param)
         return new
@@ -204,8 +205,13 @@ class FusedOptimizer(Optimizer):
         shield = self.register_load_state_dict_pre_hook(
             partial(shield_state, names=names, strict=strict)
         )
+        before = self.__dict__.copy()
         try:
-            super().load_state_dict(state_dict)
+            with Deferred():
+                super().load_state_dict(state_dict)
+        except BaseException:  # of a hook, for instance
+            self.__dict__ = before
+            raise
         finally:
             shield.remove()
 

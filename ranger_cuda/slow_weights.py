@@ -34,7 +34,8 @@ class SlowWeights:
         Within the context every parameter holds its slow weight; on leaving it, whatever happens
         within, each gets its own bits back. It is for reading: what is written to a parameter in
         between does not last. A parameter that has not been stepped yet stays as it is. ``step``,
-        ``state_dict``, ``load_state_dict`` and copies of the optimizer are refused in between.
+        ``state_dict``, ``load_state_dict`` and copies of the optimizer are refused in between; an
+        optimizer inside of it (:class:`Lookahead`'s) does not know, and is yours to leave alone.
 
         Args:
             model: is not needed unless parameters are sharded by FSDP2.

@@ -113,10 +113,21 @@ DEFECTS = {
         ANYTHING,
     ),
     "misaligned_stream_read_wide": Defect(
-        "kernels.h", "if (aligned_) return", "return", "undefined", MISALIGNED
+        "kernels.h",
+        "if (aligned_) {\n      pack",
+        "if (true) {\n      pack",
+        "undefined",
+        MISALIGNED,
     ),
     "misaligned_stream_written_wide": Defect(
-        "kernels.h", "if (aligned_) {", "if (true) {", "undefined", MISALIGNED
+        "kernels.h", "if (aligned_) {\n      *", "if (true) {\n      *", "undefined", MISALIGNED
+    ),
+    "gradients_all_of_one_dtype": Defect(
+        "kernels.h",
+        "if (dtype_ == kDTypeOf<Value>) return as",
+        "return as",
+        "plain",
+        ANYTHING,
     ),
     "group_of_the_first_launch": Defect(
         "kernels.h", "(row.group - told.first_group)", "row.group", "plain", ANYTHING

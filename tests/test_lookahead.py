@@ -7,6 +7,7 @@ import functools
 import io
 import threading
 
+import numpy
 import pytest
 import torch
 from torch import optim
@@ -273,13 +274,17 @@ def test_a_hook_may_replace_the_arguments_of_a_step(which):
     assert optimizer.step() == 5.0
 
 
-@pytest.mark.parametrize("on", ["class", "instance"])
-def test_what_replaced_the_inner_step_is_called(on):
+@pytest.mark.parametrize(
+    ("on", "has_scheduler"), [("class", False), ("instance", False), ("instance", True)]
+)
+def test_what_replaced_the_inner_step_is_called(on, has_scheduler):
     class Mine(optim.SGD):
         pass
 
     params, others = random_params(*SHAPES), random_params(*SHAPES)
     inner = Mine(params, lr=0.1)
+    if has_scheduler:
+        lr_scheduler.StepLR(inner, 100)  # replaces inner.step, too
     owner = Mine if on == "class" else inner
     calls, step_before = [], owner.step
 
@@ -327,6 +332,119 @@ def test_nothing_comes_between_a_step_and_its_pull(of_inner, call):
     assert len(refusals) == 4 * K
     assert all("another step of this optimizer is under way" in text for text in refusals)
     assert same(snapshot(optimizer), snapshot(expected))
+
+
+def raising(*_):
+    raise StopIteration
+
+
+def test_an_error_in_a_post_hook_of_the_inner_optimizer_comes_after_the_pull():
+    params = random_params(*SHAPES)
+    optimizer = Lookahead(optim.SGD(params, lr=0.1), k=1, alpha=0.0)
+    before = [bytes_of(p) for p in params]
+    optimizer.optimizer.register_step_post_hook(raising)
+    with pytest.raises(StopIteration):
+        train(optimizer, params, [0])
+    assert [bytes_of(p) for p in params] == before
+    assert all(optimizer.state[p]["lookahead_step"] == 1.0 for p in params)
+
+
+@pytest.mark.parametrize("make", [optim.Adam, lambda p: optim.SGD(p, lr=0.1), RAdam])
+def test_pre_hooks_of_the_inner_optimizer_may_drop_and_make_gradients(make):
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    inner = make(params)
+    optimizer = Lookahead(inner, k=2, alpha=0.5)
+    expected = Lookahead(make(others), k=2, alpha=0.5)
+
+    def hook(*_):
+        set_grads(params, step)
+        if step == 0:
+            params[0].grad = None
+
+    inner.register_step_pre_hook(hook)
+    for step in range(5):
+        for param in params:  # the hook drops the first one's, and makes the others'
+            param.grad = torch.ones_like(param) if param is params[0] else None
+        optimizer.step()
+        set_grads(others, step)
+        if step == 0:
+            others[0].grad = None
+        expected.step()
+        assert same(snapshot(optimizer), snapshot(expected)), step
+
+
+def test_a_group_that_joins_within_a_step_moves_from_the_next_on():
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    optimizer = Lookahead(optim.SGD(params[:2], lr=0.1), K, ALPHA)
+    expected = Lookahead(optim.SGD(others[:2], lr=0.1), K, ALPHA)
+
+    def closure():
+        set_grads(params[:2], step)
+        if step == 1:
+            optimizer.add_param_group({"params": params[2:]})
+
+    for step in range(K + 1):
+        optimizer.step(closure)
+        train(expected, others[:2], [step])
+        assert same(list(params), list(others)), step
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("frozen", [torch.arange(3), torch.zeros(1).expand(5)])
+def test_a_closure_s_step_leaves_frozen_parameters_alone(frozen):
+    params = random_params(*SHAPES)
+    params.append(torch.nn.Parameter(frozen, requires_grad=False))
+    optimizer = Lookahead(optim.SGD(params, lr=0.1))
+    optimizer.step(lambda: set_grads(params[:-1], 0))
+    assert "slow_param" in optimizer.state[params[0]]
+    assert params[-1] not in optimizer.state
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_alpha_and_k_may_be_arrays_of_numpy(backend):
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    inner, other = optim.SGD(params, lr=0.1), optim.SGD(others, lr=0.1)
+    k, alpha = numpy.array(2), numpy.array(0.5)
+    train(Lookahead(inner, k, alpha, backend=backend), params, range(5))
+    train(Lookahead(other, 2, 0.5, backend=backend), others, range(5))
+    assert same(list(params), list(others))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lookahead_around_radam_is_ranger_where_parameters_are_exact(dtype):
+    params, others = random_params(*SHAPES, dtype=dtype), random_params(*SHAPES, dtype=dtype)
+    train(ALIKE["Ranger"](params), params, range(3 * K))
+    train(ALIKE["Lookahead"](others), others, range(3 * K))
+    assert same(list(params), list(others))
+
+
+def test_an_inner_optimizer_that_saves_other_state_is_refused():
+    class Elsewhere(optim.SGD):
+        def state_dict(self):
+            return {**super().state_dict(), "state": {}}
+
+    params = random_params(*SHAPES)
+    optimizer = train(Lookahead(Elsewhere(params, lr=0.1)), params, [0])
+    with pytest.raises(
+        RuntimeError, match=r"Elsewhere\.state_dict\(\) leaves out the slow weights"
+    ):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("make", [lambda p: Ranger(p), lambda p: Lookahead(RAdam(p))])
+def test_a_load_whose_hook_fails_changes_nothing(make):
+    params = random_params(*SHAPES)
+    optimizer = train(make(params), params, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(optimizer, params, range(3, 5))
+    before = snapshot(optimizer)
+    which = optimizer.optimizer if isinstance(optimizer, Lookahead) else optimizer
+    handle = which.register_load_state_dict_post_hook(raising)
+    with pytest.raises(StopIteration):
+        optimizer.load_state_dict(saved)
+    assert same(snapshot(optimizer), before)
+    handle.remove()
+    train(optimizer, params, [5])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

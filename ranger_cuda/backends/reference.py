@@ -119,13 +119,16 @@ def lookahead_step(
     for row in rows:
         t = int(row.state["lookahead_step"]) + 1
         if t % hypers[row.group].k == 0:
-            param, slow = plain(row.param), plain(row.state["slow_param"])
             format, dtype = row.format, row.format.value
+            state = {
+                part.name: plain(row.state[part.name]) for part in format.parts(("slow_param",))
+            }
+            param, slow = plain(row.param), state["slow_param"]
             alpha = rounded([hypers[row.group].alpha], dtype)[0]
-            p = format.param.decode(param, {}, dtype)
-            p = lookahead(p, format.slow_param.decode(slow, {}, dtype), alpha)
-            format.slow_param.encode(p, slow, {})
-            format.param.encode(p, param, {})
+            p = format.param.decode(param, state, dtype)
+            p = lookahead(p, format.slow_param.decode(slow, state, dtype), alpha)
+            format.slow_param.encode(p, slow, state)
+            format.param.encode(p, param, state)
         row.state["lookahead_step"].fill_(t)
 
 

@@ -260,7 +260,8 @@ def load_grad(word, i, mask, dtype, T: tl.constexpr):
     if dtype == FLOAT64:
         g = load(word, i, mask, tl.float64, T)
     elif dtype == BFLOAT16:
-        g = load(word, i, mask, tl.bfloat16, T)
+        bits = load(word, i, mask, tl.uint16, tl.uint32)  # exact everywhere: denormals, too
+        g = (bits << 16).to(tl.float32, bitcast=True).to(T)
     elif dtype == FLOAT16:
         g = load(word, i, mask, tl.float16, T)
     else:

@@ -42,7 +42,8 @@ class Coverage {
   void take(const Launch& launch, int64_t block) {
     const ChunkRef& chunk = geometry_.chunks.at(launch.first_chunk + block);
     const TensorRow& row = rows_[geometry_.order.at(chunk.row)];
-    require(row.dtype == launch.dtype && is_strided(row) == launch.strided, "another kind of row");
+    require(row.format == launch.format && is_strided(row) == launch.strided,
+            "another kind of row");
     const Span span = span_of(chunk, row.numel);
     require(span.begin % kChunkSize == 0 && span.begin >= 0, "a chunk between two");
     require(span.count > 0 && span.count <= kChunkSize, "a chunk of no valid size");
@@ -93,7 +94,7 @@ void run() {
   TensorRow row;
   bool is_float64, strided;
   while (std::cin >> row.numel >> row.group >> row.launcher >> is_float64 >> strided) {
-    row.dtype = is_float64 ? DType::kFloat64 : DType::kFloat32;
+    row.format = is_float64 ? FormatId::kFloat64 : FormatId::kFloat32;
     auto layout = std::make_shared<Layout>();
     layout->sizes = {row.numel};
     layout->strides[kGrad] = {2};

@@ -174,7 +174,9 @@ class Check {
     row.launcher =
         case_.mixed && random_.one_in(4) ? static_cast<int32_t>(random_.below(3)) - 1 : 0;
     row.group = static_cast<int32_t>(random_.below(case_.groups));
-    row.dtype = case_.mixed && random_.one_in(3) ? DType::kFloat64 : DType::kFloat32;
+    row.format = case_.mixed && random_.one_in(3) ? FormatId::kFloat64 : FormatId::kFloat32;
+    row.grad_dtype = case_.mixed && random_.one_in(2) ? static_cast<DType>(random_.below(kDTypes))
+                                                      : info_of(row.format).value;
     const bool strided = random_.below(3) < case_.strided;
     Layout layout;
     if (strided) {
@@ -244,16 +246,20 @@ class Check {
     const std::vector<int64_t> offsets = element_offsets(row, stream);
     int64_t extent = 0;
     for (int64_t offset : offsets) extent = std::max(extent, offset + 1);
-    const int64_t item = item_size(row.dtype);
+    const DType dtype = stored(row, static_cast<Stream>(stream));
+    const int64_t item = info_of(dtype).item_size;
     const int64_t beside = parameter.misalignment[stream] * item;
     Buffer buffer(beside % 16, extent * item);
     for (int64_t offset : offsets) {
       double value = random_.number();
       if (stream == kExpAvgSq) value = std::fabs(value);
-      if (row.dtype == DType::kFloat64) {
+      if (dtype == DType::kFloat64) {
         reinterpret_cast<double*>(buffer.expected())[offset] = value;
-      } else {
+      } else if (dtype == DType::kFloat32) {
         reinterpret_cast<float*>(buffer.expected())[offset] = static_cast<float>(value);
+      } else {  // any bits but those of infinity and NaN
+        const auto bits = static_cast<uint16_t>(random_.below(0x7800) | random_.below(2) << 15);
+        reinterpret_cast<uint16_t*>(buffer.expected())[offset] = bits;
       }
     }
     buffer.publish();
@@ -331,8 +337,8 @@ class Check {
     std::memcpy(&step, parameters_[i].step.expected(), sizeof(step));
     step += 1.0f;
     std::memcpy(parameters_[i].step.expected(), &step, sizeof(step));
-    rows_[i].dtype == DType::kFloat64 ? expect_elements<double>(i, step, alone)
-                                      : expect_elements<float>(i, step, alone);
+    rows_[i].format == FormatId::kFloat64 ? expect_elements<double>(i, step, alone)
+                                          : expect_elements<float>(i, step, alone);
   }
 
   template <typename T>
@@ -346,12 +352,21 @@ class Check {
     const auto element = [&](int stream, int64_t index) -> T& {
       return reinterpret_cast<T*>(parameters_[i].streams[stream].expected())[at[stream][index]];
     };
+    const auto gradient = [&](int64_t index) {
+      return by_dtype(rows_[i].grad_dtype, [&](auto zero) {
+        using Stored = decltype(zero);
+        const char* const bytes = parameters_[i].streams[kGrad].expected();
+        Stored value;
+        std::memcpy(&value, bytes + at[kGrad][index] * sizeof(value), sizeof(value));
+        return Plain<Stored>::template decode<T>(value);
+      });
+    };
     for (int64_t index = 0; index < rows_[i].numel; ++index) {
       T& p = element(kParam, index);
       if (!alone) {
         T& m = element(kExpAvg, index);
         T& v = element(kExpAvgSq, index);
-        const Element<T> x = ranger::radam(Element<T>{p, m, v}, element(kGrad, index), c,
+        const Element<T> x = ranger::radam(Element<T>{p, m, v}, gradient(index), c,
                                            c.weight_decay != T(0), now.rectified);
         p = x.p;
         m = x.m;
@@ -368,7 +383,7 @@ class Check {
     const TensorRow& row = rows_[i];
     Parameter& parameter = parameters_[i];
     if (row.launcher == kNobody || !parameter.streams[kSlowParam]) return;
-    const size_t item = item_size(row.dtype);
+    const size_t item = info_of(stored(row, kParam)).item_size;
     const std::vector<int64_t> p = offsets_of(i, kParam), slow = offsets_of(i, kSlowParam);
     for (int64_t index = 0; index < row.numel; ++index) {
       char* const a = parameter.streams[kParam].expected() + p[index] * item;
@@ -388,8 +403,8 @@ class Check {
       const auto at = [&](const char* stream) {
         return std::string(case_.name) + ", step " + std::to_string(step_) + ", after the " +
                after + ", row " + std::to_string(i) + " (launcher " + std::to_string(row.launcher) +
-               (row.dtype == DType::kFloat64 ? ", float64, " : ", float32, ") +
-               std::to_string(row.numel) + " elements" +
+               ", " + info_of(row.format).name + ", gradient " + info_of(row.grad_dtype).name +
+               ", " + std::to_string(row.numel) + " elements" +
                (cuda::is_strided(row) ? ", strided" : "") + "), " + stream + ": ";
       };
       for (int stream = 0; stream < kStreams; ++stream) {
