@@ -16,7 +16,8 @@ from emulation.programs import CSRC, checked, cmake_flags
 
 ARCHITECTURES = (80, 90, 100, 120)
 ROW_KERNEL = re.compile(
-    r"(?:(Radam)KernelI([fd])Lb([01])()E|(Slow)KernelI([fd])Lb([01])ENS0_\d+(\w+?)E)E"
+    r"(Radam)KernelINS_7formats\d+(\w+?)ELb([01])()E"
+    r"|(Slow)KernelINS_5PlainI([fd])EES4_[fd]Li\dELb([01])ENS0_\d+(\w+?)E"
 )
 
 
@@ -35,7 +36,8 @@ class Kernel(NamedTuple):
             (words,) = re.findall(r"ScheduleKernelILi(\d+)E", mangled)
             return Kernel("Schedule", detail=words)
         name, dtype, strided, detail = [group for group in match.groups() if group is not None]
-        return Kernel(name, {"f": "float32", "d": "float64"}[dtype], strided == "1", detail)
+        dtype = {"f": "float32", "d": "float64"}.get(dtype, dtype.lower())
+        return Kernel(name, dtype, strided == "1", detail)
 
 
 KERNELS = {
@@ -54,10 +56,10 @@ KERNELS = {
 }
 
 # Registers of a thread: with 64, four blocks of 256 threads are on a multiprocessor at once, with
-# 128, two. Measured, the most of all architectures: 62, 111; 72, 82; 44, 36; 47, 48; 66.
+# 128, two. Measured, the most of all architectures: 62, 120; 72, 82; 44, 36; 47, 48; 66.
 REGISTERS = {
     ("Radam", "float32", False): 64,
-    ("Radam", "float64", False): 112,
+    ("Radam", "float64", False): 120,
     ("Radam", "float32", True): 72,
     ("Radam", "float64", True): 84,
     ("Slow", "float32", False): 48,

@@ -82,6 +82,7 @@ class GradMemory {
 
   template <int kWidth>
   RANGER_HOST_DEVICE Pack<Value, kWidth> load(int i) const {
+    RANGER_ASSUME_GLOBAL(base_);
     if (dtype_ == kDTypeOf<Value>) return as<Value>().template load<kWidth>(i);
     return by_dtype(dtype_,
                     [&](auto zero) { return as<decltype(zero)>().template load<kWidth>(i); });
@@ -101,6 +102,7 @@ class GradMemory {
 // Where element `index` of a row lies in `stream`, in elements. A layout is the number of
 // dimensions, their sizes, and then the strides of each stream, all outermost first.
 RANGER_HOST_DEVICE int64_t strided_offset(const int64_t* layout, int stream, int64_t index) {
+  RANGER_ASSUME_GLOBAL(layout);
   const int64_t ndim = layout[0];
   const int64_t* sizes = layout + 1;
   const int64_t* strides = sizes + ndim * (1 + stream);
