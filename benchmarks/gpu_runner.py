@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -30,26 +31,30 @@ class Runner:
     Args:
         contestant: who.
         gradients: shared by all.
-        flat: whether the parameters are neighbours in one buffer.
+        lanes: where the parameters start, as of random_tensors().
         compile_limit: seconds, where ``step`` is compiled.
     """
 
     def __init__(
-        self, contestant: Contestant, gradients: list[Tensor], flat: bool, compile_limit: int
+        self,
+        contestant: Contestant,
+        gradients: list[Tensor],
+        lanes: Sequence[int] | None,
+        compile_limit: int,
     ) -> None:
         self.name = contestant.name
         self.gradients = gradients
         self.device = gradients[0].device
         with time_limit(compile_limit if contestant.compiled else 0):
-            self._warm_up(contestant, flat)
+            self._warm_up(contestant, lanes)
         cycles = SAMPLE_MS * 1e-3 / max(self.cycle_seconds, 1e-9)
         self.cycles = min(max(math.ceil(cycles), 1), 20)
         self.seconds: dict[str, float] = defaultdict(float)  # spent on samples
 
-    def _warm_up(self, contestant: Contestant, flat: bool) -> None:
+    def _warm_up(self, contestant: Contestant, lanes: Sequence[int] | None) -> None:
         """Past the rectification boundary and two syncs; the second cycle tells the time."""
         shapes = [tuple(gradient.shape) for gradient in self.gradients]
-        self.params = [Parameter(t) for t in random_tensors(shapes, self.device, flat)]
+        self.params = [Parameter(t) for t in random_tensors(shapes, self.device, lanes)]
         before = [param.detach().flatten()[:8].clone() for param in self.params]
         give(self.params, self.gradients)
         self.step: Step = step_of(contestant, contestant.build(self.params))

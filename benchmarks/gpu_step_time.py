@@ -35,8 +35,8 @@ from gpu_device import (
 from gpu_report import TRITON, as_table, promises
 from gpu_runner import Runner, Samples, in_short, note_details
 from result_file import save
-from step_time import ADAMW, CYCLE, OURS, environment, verify
-from workloads import FLAT, GPU_DEFAULT, WORKLOADS, random_tensors
+from step_time import ADAMW, CYCLE, OURS, environment, give, verify
+from workloads import GPU_DEFAULT, PLACED, WORKLOADS, Placed, random_tensors
 
 MOST_TENSORS_TO_COMPILE = 100
 # Elements up to which new gradients are measured, too: beyond, a step waits for memory.
@@ -165,10 +165,8 @@ class Race:
         args: argparse.Namespace,
         chosen: list[Contestant],
     ) -> None:
-        shapes, self.flat = WORKLOADS[name], name in FLAT
-        # One element more in front: where gradients are neighbours, too, they lie differently
-        # from the parameters.
-        self.gradients = random_tensors([(1,), *shapes], device, self.flat)[1:]
+        shapes, self.placed = WORKLOADS[name], PLACED.get(name, Placed())
+        self.gradients = random_tensors(shapes, device, self.placed.gradients)
         self.parameters = sum(map(math.prod, shapes))
         self.args = args
         self.chosen = chosen
@@ -233,7 +231,8 @@ class Race:
             row["missing"] = reason
             return None
         limit = self.args.compile_limit
-        return attempt(row, lambda: Runner(contestant, self.gradients, self.flat, limit))
+        lanes = self.placed.params
+        return attempt(row, lambda: Runner(contestant, self.gradients, lanes, limit))
 
     def _take(self, runner: Runner, most: int, kind: str = "kept") -> None:
         """One sample, unless there are two already and the time for them is used up."""
@@ -256,7 +255,7 @@ def verified(name: str, device: torch.device) -> str:
             continue  # its row of the table says so
 
         def check(backend: str = backend) -> None:
-            verify(shapes, device, name in FLAT, backend)
+            verify(shapes, device, PLACED.get(name, Placed()), backend)
 
         attempt(row, check)
         reasons += row.values()
@@ -270,13 +269,14 @@ def replays(name: str, device: torch.device) -> dict[str, dict[str, Any]]:
         TRITON: lambda p: ranger_cuda.Ranger(p, backend="triton"),
         ADAMW: lambda p: torch.optim.AdamW(p, fused=True, capturable=True),
     }
+    shapes = WORKLOADS[name]
     rows: dict[str, dict[str, Any]] = {who: {} for who in builds}
     for who, build in builds.items():
 
         def replay(who: str = who, build: Any = build) -> None:
-            params = [Parameter(t) for t in random_tensors(WORKLOADS[name], device, name in FLAT)]
-            for param in params:
-                param.grad = torch.randn_like(param)
+            placed = PLACED.get(name, Placed())
+            params = [Parameter(t) for t in random_tensors(shapes, device, placed.params)]
+            give(params, random_tensors(shapes, device, placed.gradients))
             optimizer = build(params)  # its state is the graph's, too
             graph = capture(optimizer.step, device)
             samples, host = [], []

@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -31,7 +32,7 @@ import ranger_cuda
 from contestants import CONTESTANTS, Contestant, Step, contestants_on, step_of
 from machine import processor
 from result_file import save
-from workloads import CPU_DEFAULT, FLAT, WORKLOADS, Shapes, random_tensors
+from workloads import CPU_DEFAULT, PLACED, WORKLOADS, Placed, Shapes, random_tensors
 
 OURS = "ranger"
 ADAMW = "torch AdamW fused"
@@ -90,9 +91,9 @@ class Ready(NamedTuple):
 
 def measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """One workload: every contestant verified, warmed up, then timed in turn."""
-    shapes, flat = WORKLOADS[name], name in FLAT
-    verify(shapes[: len(shapes) // 20 + 1], device, flat)
-    gradients = random_tensors(shapes, device, flat)
+    shapes, placed = WORKLOADS[name], PLACED.get(name, Placed())
+    verify(shapes[: len(shapes) // 20 + 1], device, placed)
+    gradients = random_tensors(shapes, device, placed.gradients)
     ready: dict[str, Ready] = {}
     rows: dict[str, dict[str, Any]] = {}
     for contestant in contestants_on(device):
@@ -103,7 +104,7 @@ def measure(name: str, device: torch.device, args: argparse.Namespace) -> dict[s
             rows[contestant.name] = {"missing": reason}
             continue
         try:
-            ready[contestant.name] = prepare(contestant, gradients, flat)
+            ready[contestant.name] = prepare(contestant, gradients, placed.params)
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             rows[contestant.name] = {"missing": f"{reason} (pip install {contestant.package})"}
@@ -143,10 +144,12 @@ def ratios(name: str, samples: dict[str, list[float]]) -> dict[str, float]:
     return found
 
 
-def prepare(contestant: Contestant, gradients: list[torch.Tensor], flat: bool = False) -> Ready:
+def prepare(
+    contestant: Contestant, gradients: list[torch.Tensor], lanes: Sequence[int] | None = None
+) -> Ready:
     """Build, warm up, and see that the steps did something finite."""
     shapes = [tuple(gradient.shape) for gradient in gradients]
-    params = [Parameter(t) for t in random_tensors(shapes, gradients[0].device, flat)]
+    params = [Parameter(t) for t in random_tensors(shapes, gradients[0].device, lanes)]
     before = [param.detach().flatten()[:8].clone() for param in params]
     give(params, gradients)
     step = step_of(contestant, contestant.build(params))
@@ -166,7 +169,7 @@ def check_moved(
 
 
 def verify(
-    shapes: Shapes, device: torch.device, flat: bool = False, backend: str | None = None
+    shapes: Shapes, device: torch.device, placed: Placed, backend: str | None = None
 ) -> None:
     """What is timed is right: the bits of the reference after every step of a cycle and more.
 
@@ -174,12 +177,13 @@ def verify(
         backend: default: the native one of ``device``.
     """
     backend = backend or device.type
-    values = random_tensors(shapes, device, flat)
+    values = random_tensors(shapes, device, placed.params)
     sets = [[Parameter(value) for value in values], [Parameter(value.clone()) for value in values]]
     fast = ranger_cuda.Ranger(sets[0], backend=backend)
     reference = ranger_cuda.Ranger(sets[1], backend="reference")
     for _ in range(WARM_UP + 1):
-        for a, b, gradient in zip(*sets, random_tensors(shapes, device, flat), strict=True):
+        gradients = random_tensors(shapes, device, placed.gradients)
+        for a, b, gradient in zip(*sets, gradients, strict=True):
             a.grad = b.grad = gradient
         fast.step()
         reference.step()

@@ -33,7 +33,7 @@ from gpu_device import attempt, capture, copy_bandwidth, free_memory, gpu_state,
 from ranger_cuda import support
 from result_file import save
 from step_time import CYCLE, environment, verify
-from workloads import FLAT, WORKLOADS, random_tensors
+from workloads import PLACED, WORKLOADS, Placed, random_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -173,9 +173,10 @@ class Bench:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        shapes, flat = WORKLOADS[name], name in FLAT
-        params = [Parameter(t) for t in random_tensors(shapes, device, flat)]
-        for param, gradient in zip(params, random_tensors(shapes, device, flat), strict=True):
+        shapes, placed = WORKLOADS[name], PLACED.get(name, Placed())
+        params = [Parameter(t) for t in random_tensors(shapes, device, placed.params)]
+        gradients = random_tensors(shapes, device, placed.gradients)
+        for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
         self.device = device
         self.parameters = sum(map(math.prod, shapes))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Shapes = list[tuple[int, ...]]
+LANES = 4  # float32 numbers of a wide access
+
+
+class Placed(NamedTuple):
+    """How tensors lie, as :func:`random_tensors` has it."""
+
+    params: Sequence[int] | None = None
+    gradients: Sequence[int] | None = None
 
 
 def resnet50() -> Shapes:
@@ -47,6 +57,9 @@ WORKLOADS: dict[str, Shapes] = {
     "1e9": [(8192, 8192)] * 15,
     "2.5e8": [(4096, 4096)] * 15,
     "64 x 1024^2": [(1024, 1024)] * 64,
+    "64 x 1024^2 gradients odd": [(1024, 1024)] * 64,
+    "64 x 1024^2 all odd": [(1024, 1024)] * 64,
+    "64 x 1024^2 every other odd": [(1024, 1024)] * 64,
     "64 x (1024^2+1)": [(1024 * 1024 + 1,)] * 64,
     "64 x (1024^2+1) flat": [(1024 * 1024 + 1,)] * 64,
     "1000 x 64^2": [(64, 64)] * 1000,
@@ -58,9 +71,14 @@ WORKLOADS: dict[str, Shapes] = {
     "vit-l/16": transformer(24, 1024, 4096, 16 * 16 * 3, 197, classes=1000),
     "llama-1b": llama(16, 2048, 8192, 128256, 512),
 }
-# Parameters are neighbours in one buffer, and gradients in another, so that most of them start at
-# an address that no wide access can take while the state's addresses are even.
-FLAT = {"64 x (1024^2+1) flat"}
+# Views of one buffer, most of them at an address that no wide access can take, while the state's
+# are even. Flat ones have no gaps, and gradients lie otherwise than parameters.
+PLACED = {
+    "64 x 1024^2 gradients odd": Placed(None, (1, 3)),
+    "64 x 1024^2 all odd": Placed((1, 3), (1, 3)),
+    "64 x 1024^2 every other odd": Placed((0, 1), (0, 1)),
+    "64 x (1024^2+1) flat": Placed((0, 1, 2, 3), (1, 2, 3, 0)),
+}
 # Those that fit several optimizers' states into a small machine's memory and a coffee break.
 CPU_DEFAULT = ["64 x 1024^2", "1000 x 64^2", "1000 x 1", "resnet50"]
 # The most telling first: a run that ends early has them.
@@ -73,16 +91,30 @@ GPU_DEFAULT = [
     "64 x (1024^2+1) flat",
     "resnet50",
     "gpt2",
+    "64 x 1024^2 gradients odd",
+    "64 x 1024^2 all odd",
+    "64 x 1024^2 every other odd",
     "10000 x 512",
     "llama-1b",
     "vit-l/16",
 ]
 
 
-def random_tensors(shapes: Shapes, device: torch.device, flat: bool = False) -> list[Tensor]:
-    """Fresh random numbers; ``flat``: views into one buffer, without gaps."""
-    if not flat:
+def random_tensors(
+    shapes: Shapes, device: torch.device, lanes: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Fresh random numbers.
+
+    Args:
+        lanes: of views into one buffer, how many elements behind a 16-byte boundary each starts, in
+            turn; None: all have memory of their own.
+    """
+    if lanes is None:
         return [torch.randn(shape, device=device) for shape in shapes]
-    sizes = [prod(shape) for shape in shapes]
-    parts = torch.randn(sum(sizes), device=device).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    spans, end = [], 0
+    for i, shape in enumerate(shapes):
+        start = end + (lanes[i % len(lanes)] - end) % LANES
+        end = start + prod(shape)
+        spans.append((start, end))
+    buffer = torch.randn(end, device=device)
+    return [buffer[slice(*span)].view(shape) for span, shape in zip(spans, shapes, strict=True)]

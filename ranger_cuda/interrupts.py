@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import signal
 import threading
+
+# That of signal makes an enum of each answer, which takes thirty times as long.
+from _signal import getsignal  # type: ignore[import-not-found]
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -32,7 +35,7 @@ class Deferred:
         if threading.current_thread() is threading.main_thread():  # others run no handlers
             try:
                 for number in _NUMBERS:
-                    handler = signal.getsignal(number)
+                    handler = getsignal(number)
                     if callable(handler):
                         self._handlers[number] = handler
                         signal.signal(number, self._note)

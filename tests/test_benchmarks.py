@@ -131,6 +131,39 @@ def test_both_kinds_of_gradients_have_ratios_to_fused_adamw(module, monkeypatch)
     assert "new gradients" in step_time.as_table("1000 x 1", rows)
 
 
+def test_misaligned_rows_lie_as_they_say_in_the_aligned_row_s_shapes(module, monkeypatch):
+    gpu_step_time = module("gpu_step_time")
+    contestants, workloads = module("contestants").CONTESTANTS, module("workloads")
+    args = Namespace(compile_limit=0, end=float("inf"))
+    names = [name for name in workloads.GPU_DEFAULT if name.endswith("odd")]
+    aligned = workloads.WORKLOADS["64 x 1024^2"]
+    assert [workloads.WORKLOADS[name] for name in names] == [aligned] * 3
+    every, others = range(6), range(1, 6, 2)
+    odd = ((), every), (every, every), (others, others)  # of parameters, and of gradients
+    for name, (params, gradients) in zip(names, odd, strict=True):
+        monkeypatch.setitem(gpu_step_time.WORKLOADS, name, [(4, 4)] * 6)
+        race = gpu_step_time.Race(name, torch.device("cpu"), args, contestants[:1])
+        runner = race._start(contestants[0])
+        for i in range(6):
+            param = runner.params[i]
+            assert param.data_ptr() % 16 in ((4, 12) if i in params else (0,))
+            assert param.grad.data_ptr() % 16 in ((4, 12) if i in gradients else (0,))
+
+
+def test_misaligned_rows_are_verified_and_measured(module, monkeypatch, tmp_path):
+    gpu_step_time = module("gpu_step_time")
+    names = [name for name in gpu_step_time.WORKLOADS if name.endswith("odd")]
+    for name in names:
+        monkeypatch.setitem(gpu_step_time.WORKLOADS, name, [(4, 4)] * 40)
+    out = tmp_path / "result.json"
+    command = ["gpu_step_time.py", "--device", "cpu", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--workloads", *names, "--skip", *PEERS])
+    assert gpu_step_time.main() == 0
+    for found in json.loads(out.read_text())["workloads"].values():
+        assert found["verified"] == "yes"
+        assert found["rows"]["ranger"]["ms"] > 0
+
+
 def test_on_a_gpu_what_matters_most_is_measured_on_all_workloads_first(module):
     contestants = module("contestants").contestants_on(torch.device("cuda"))
     first = {c.name for c in contestants if c.turn == 0}

@@ -52,6 +52,7 @@ class Defect(NamedTuple):
 
 DIFFERS = r"step \d+, after the .*, row \d+ .* is -?\d+, not -?\d+"
 OVERRUN = "AddressSanitizer: (heap|stack)-"
+CONTEXT = "another context is current than before"
 ANYTHING = ""  # it may crash before anything is compared
 MISALIGNED = "runtime error: .* misaligned address"
 
@@ -141,6 +142,34 @@ DEFECTS = {
     ),
     "too_many_rows_for_a_schedule": Defect(
         "geometry.cpp", "with.words() <= words", "with.words() <= words + 10", "address", OVERRUN
+    ),
+    "the_device_before_is_left": Defect(
+        "device_guard.h",
+        "if (changed_) Driver::leave",
+        "if (false) Driver::leave",
+        "plain",
+        CONTEXT,
+    ),
+    "no_context_taken_for_device_0_s": Defect(
+        "device_guard.h",
+        "changed_ = before_ == nullptr || Driver::device() != device;",
+        "changed_ = (before_ == nullptr ? 0 : Driver::device()) != device;",
+        "plain",
+        CONTEXT,
+    ),
+    "no_context_given_back_as_device_0_s": Defect(
+        "device_guard.h",
+        "before_(Driver::current()) {",
+        "before_(Driver::current()) {\n    if (before_ == nullptr) before_ = Driver::primary(0);",
+        "plain",
+        CONTEXT,
+    ),
+    "tables_freed_where_no_context_is": Defect(
+        "launch.cu",
+        "const DeviceGuard guard(device);\n      for",
+        "for",
+        "plain",
+        CONTEXT,
     ),
     "last_group_left_out": Defect("geometry.cpp", "group + 1);", "group);", "plain", ANYTHING),
     "first_group_left_out": Defect(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from emulation.programs import CSRC, checked, cmake_flags
+from machine_code import ENTRY, cuobjdump, divisions_and_roots, fused, operations
 
 ARCHITECTURES = (80, 90, 100, 120)
 ROW_KERNEL = re.compile(
@@ -77,28 +78,24 @@ HARMLESS = r"(ld|st|mov|selp|setp|neg|abs)\.(?!.*ftz)|cvt\.(rn\.)?f\d\d\.|cvt\.r
 
 
 class Compiled(NamedTuple):
-    """A kernel of one architecture: its resources and its instructions' names."""
+    """A kernel of one architecture: its resources, its instructions' names, and its PTX."""
 
     usage: dict[str, int]
     operations: list[str]
+    ptx: str
+    allowed: Counter[str]  # the fused multiply-adds of its divisions and roots
 
     def count(self, pattern: str) -> int:
         return sum(re.match(pattern, operation) is not None for operation in self.operations)
 
 
-def cuobjdump() -> str | None:
-    """The toolkit's, or the one in Triton's wheel."""
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        return shutil.which("cuobjdump")
-    binaries = Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(binaries))
-
-
-def nvcc(output: Path, *options: str) -> Path:
+def nvcc(source: Path, folder: Path, architecture: int) -> Path:
+    """The machine code; the PTX that it was made of lies beside it."""
     flags = [flag for flag in cmake_flags("RANGER_CUDA_FLAGS") if not flag.startswith("-Xcompiler")]
-    checked(["nvcc", "-std=c++17", *flags, *options, CSRC / "cuda/launch.cu", "-o", output])
-    return output
+    flags += ["-std=c++17", "--keep", "--keep-dir", folder, "-cubin", f"-arch=sm_{architecture}"]
+    cubin = folder / f"{source.stem}.cubin"
+    checked(["nvcc", *flags, source, "-o", cubin])
+    return cubin
 
 
 def by_kernel(text: str, separator: str) -> dict[Kernel, str]:
@@ -109,37 +106,39 @@ def by_kernel(text: str, separator: str) -> dict[Kernel, str]:
     return listed
 
 
-def disassemble(tool: str, folder: Path, architecture: int) -> dict[Kernel, Compiled]:
-    cubin = nvcc(folder / f"{architecture}.cubin", "-cubin", f"-arch=sm_{architecture}")
-    code = by_kernel(checked([tool, "-sass", cubin]), r"Function : ")
-    usage = by_kernel(checked([tool, "-res-usage", cubin]), r"\n Function ")
+def disassemble(folder: Path, architecture: int) -> dict[Kernel, Compiled]:
+    cubin = nvcc(CSRC / "cuda/launch.cu", folder, architecture)
+    usage = by_kernel(checked([cuobjdump(), "-res-usage", cubin]), r"\n Function ")
+    ptx = cubin.with_suffix(".ptx").read_text()
+    of_kernel = by_kernel(ptx, ENTRY)
+    exact = folder / "exact.ptx"
+    exact.write_text(divisions_and_roots(ptx))
+    allowed = operations(nvcc(exact, folder, architecture))
     return {
-        kernel: Compiled(
-            {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", usage[kernel])},
-            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", part, re.M),
+        Kernel.of(name): Compiled(
+            {
+                name: int(number)
+                for name, number in re.findall(r"([A-Z]+):(\d+)", usage[Kernel.of(name)])
+            },
+            names,
+            of_kernel[Kernel.of(name)],
+            fused(allowed[name]),
         )
-        for kernel, part in code.items()
+        for name, names in operations(cubin).items()
     }
 
 
 @pytest.fixture(scope="module")
-def toolkit():
+def machine_code(tmp_path_factory):
+    """For each architecture what its kernels became."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    return set(re.findall(r"sm_(\d+)", checked(["nvcc", "--list-gpu-code"])))
-
-
-@pytest.fixture(scope="module")
-def machine_code(toolkit, tmp_path_factory):
-    """For each architecture what its kernels became."""
-    tool, folder = cuobjdump(), tmp_path_factory.mktemp("cubins")
-    if tool is None:
-        pytest.skip("no cuobjdump, neither of a CUDA toolkit nor of Triton")
-    known = [architecture for architecture in ARCHITECTURES if str(architecture) in toolkit]
+    cuobjdump()
+    toolkit = re.findall(r"sm_(\d+)", checked(["nvcc", "--list-gpu-code"]))
+    known = [sm for sm in ARCHITECTURES if str(sm) in toolkit]
+    folders = [tmp_path_factory.mktemp(f"sm_{sm}") for sm in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(
-            zip(known, pool.map(lambda sm: disassemble(tool, folder, sm), known), strict=True)
-        )
+        return dict(zip(known, pool.map(disassemble, folders, known), strict=True))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda sm: f"sm_{sm}")
@@ -149,15 +148,8 @@ def compiled(request, machine_code):
     return machine_code[request.param]
 
 
-@pytest.fixture(scope="module")
-def ptx(toolkit, tmp_path_factory):
-    lowest = f"compute_{min(int(code) for code in toolkit)}"
-    output = nvcc(tmp_path_factory.mktemp("ptx") / "launch.ptx", "-ptx", f"-arch={lowest}")
-    return by_kernel(output.read_text(), r"\.visible \.entry ")
-
-
-def test_every_kernel_is_there(compiled, ptx):
-    assert set(compiled) == set(ptx) == KERNELS
+def test_every_kernel_is_there(compiled):
+    assert set(compiled) == KERNELS
 
 
 def test_registers_leave_room_for_the_blocks_that_hide_latency(compiled):
@@ -179,7 +171,7 @@ def test_consecutive_streams_move_16_bytes_an_access_and_all_are_loaded_before_o
             continue
         loads, stores = (5, 4) if kernel.name == "Radam" else (2, 2)
         first_store = next(i for i, name in enumerate(code.operations) if name.startswith("STG"))
-        before = Compiled(code.usage, code.operations[:first_store])
+        before = code._replace(operations=code.operations[:first_store])
         assert before.count(WIDE_LOAD) >= loads * PACKS[kernel.dtype], kernel
         assert code.count(r"STG\.E\.(\w+\.)*128") >= stores * PACKS[kernel.dtype], kernel
         if kernel.name == "Radam":
@@ -195,13 +187,12 @@ def test_addresses_are_known_to_be_global(compiled):
         assert code.count(r"(LD|ST|ATOM)(\.|$)") == 0, kernel
 
 
-def test_every_operation_is_rounded_once(ptx):
-    """In PTX: in machine code the subroutines of division and root fuse, and round correctly.
-
-    Without .rn an addition and a multiplication may still be fused on the way there.
-    """
-    for kernel, part in ptx.items():
-        arithmetic = set(re.findall(r"\s([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s", part))
+def test_every_operation_is_rounded_once(compiled):
+    """In PTX, of which divisions and roots are made otherwise; there is no other fused operation in
+    machine code, either."""
+    for kernel, code in compiled.items():
+        assert fused(code.operations) <= code.allowed, kernel
+        arithmetic = set(re.findall(r"\s([a-z]\w*(?:\.\w+)*\.f(?:16|32|64)\w*)\s", code.ptx))
         exact = {f"{name}.rn.{dtype}" for name in ARITHMETIC for dtype in ("f32", "f64")}
         inexact = {name for name in arithmetic - exact if not re.match(HARMLESS, name)}
         assert inexact == set(), kernel

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
-from ranger_cuda import Ranger, support
+from machine_code import cuobjdump, divisions_and_roots, fused, operations
+from ranger_cuda import Ranger, formats, support
 from ranger_cuda.backends import triton_launcher, triton_tables
-from targets import release
-from test_cuda_resources import cuobjdump
+from targets import fresh_kernels, release
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
+nvidia = pytest.importorskip("triton.backends.nvidia.compiler")
+driver = pytest.importorskip("triton.runtime.driver").driver
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
-CUDA = {capability: GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+CUDA = {capability: GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
 AMD = GPUTarget("hip", "gfx942", 64)
 WIDE = r"v4\.[bf]32|v2\.[bf]64"
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -28,7 +32,10 @@ def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
     """A kernel's machine code for ``target``, with the options that the launcher gives."""
     kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
-    options = triton_tables.options(kernels, triton_tables.Launch(dtype, strided, 0, 1)) | more
+    launch = triton_tables.Launch(formats.of(dtype), strided, 0, 1)
+    options = triton_tables.options(kernels, launch) | more
+    if kernel == "radam_kernel":
+        options |= triton_tables.moment_options(kernels, launch)
     constants = {name: value for name, value in options.items() if name in function.arg_names}
     types = {"chunks": "*i32", "first_chunk": "i32"}
     signature = {
@@ -37,7 +44,7 @@ def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
     }
     source = compiler.ASTSource(fn=function, signature=signature, constexprs=constants)
     flags = {name: value for name, value in options.items() if name not in constants}
-    return triton.compile(source, target=target, options=flags)
+    return compile_on(target, source, flags)
 
 
 def compiled_schedule(target):
@@ -48,7 +55,14 @@ def compiled_schedule(target):
         signature=signature | {"BLOCK": "constexpr"},
         constexprs={"BLOCK": triton_tables.SCHEDULE_BLOCK},
     )
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    return compile_on(target, source, {"enable_fp_fusion": False})
+
+
+def compile_on(target, source, options):
+    """As on a machine with such a GPU, which the kernels may ask about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: target))
+        return triton.compile(source, target=target, options=options)
 
 
 def assert_rounds_as_written(ptx):
@@ -74,13 +88,10 @@ def test_every_stream_is_read_and_written_16_bytes_at_a_time(target, dtype):
 @pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
 def test_registers_leave_room_and_nothing_is_spilled(target, dtype, tmp_path):
     """For five programs of 128 threads, each with 128 bytes on their way; strided, for three."""
-    tool = cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump, neither of a CUDA toolkit nor in Triton's wheel")
     for strided, registers in ((False, 96), (True, 168)):
         binary = tmp_path / f"{strided}.cubin"
         binary.write_bytes(compiled("radam_kernel", target, dtype, strided).asm["cubin"])
-        usage = dict(re.findall(r"([A-Z]+):(\d+)", checked([tool, "-res-usage", binary])))
+        usage = dict(re.findall(r"([A-Z]+):(\d+)", checked([cuobjdump(), "-res-usage", binary])))
         assert int(usage["REG"]) <= registers
         assert usage["STACK"] == usage["LOCAL"] == "0"
 
@@ -104,6 +115,69 @@ def test_strided_tensors_and_the_schedule_round_as_written(dtype):
     assert_rounds_as_written(schedule)
     assert "sqrt.rn.f64" in schedule
     assert "div.rn.f64" in schedule
+
+
+def assembled(tool, ptx, target, folder):
+    """Machine code of PTX: how often each kernel is fused."""
+    source, cubin = folder / "kernels.ptx", folder / "kernels.cubin"
+    source.write_text(ptx)
+    gpu = nvidia.sm_arch_from_capability(target.arch)
+    checked([tool, "--fmad=false", f"--gpu-name={gpu}", source, "-o", cubin])
+    return {name: fused(names) for name, names in operations(cubin).items()}
+
+
+def fused_and_allowed(kernel, target, folder):
+    """Of what Triton made: how often it is fused, and how often its divisions and roots are."""
+    cubin = folder / "its.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    ((name, names),) = operations(cubin).items()
+    tool = nvidia.get_ptxas(target.arch).path  # the one that Triton calls
+    exact = assembled(tool, divisions_and_roots(kernel.asm["ptx"]), target, folder)
+    return fused(names), exact[name]
+
+
+@pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
+def test_machine_code_fuses_multiply_adds_only_within_divisions_and_roots(target, tmp_path):
+    kernels = [compiled_schedule(target), compiled("slow_kernel", target, SWAP=False)]
+    kernels += [compiled("radam_kernel", target, strided=strided) for strided in (False, True)]
+    kernels.append(compiled("radam_kernel", target, torch.float64))
+    for kernel in kernels:
+        found, allowed = fused_and_allowed(kernel, target, tmp_path)
+        assert found <= allowed, kernel.name
+
+
+def test_contraction_is_seen_in_machine_code(tmp_path):
+    kernel = compiled("radam_kernel", CUDA[90], enable_fp_fusion=True)
+    found, allowed = fused_and_allowed(kernel, CUDA[90], tmp_path)
+    assert not found <= allowed
+
+
+@triton.jit
+def plain_product(a, b):
+    return a * b
+
+
+@pytest.mark.parametrize("target", [CUDA[100], CUDA[120]], ids=["sm_100", "sm_120"])
+def test_no_older_assembler_fuses_products_and_sums(target, tmp_path, monkeypatch):
+    """Before 13.1 they do with pairs (``mul.rn.f32x2``), which plain products are made to."""
+    tool = shutil.which("ptxas")
+    release = re.search(r"release (\d+)\.(\d+)", checked([tool, "--version"]) if tool else "")
+    if release is None or not (12, 9) <= tuple(map(int, release.groups())) < (13, 1):
+        pytest.skip("no ptxas 12.9 or 13.0")
+
+    def counts():
+        ptx = compiled("radam_kernel", target).asm["ptx"]
+        ptx = re.sub(r"\.version .*", ".version 8.8", ptx)
+        made = [assembled(tool, p, target, tmp_path) for p in (ptx, divisions_and_roots(ptx))]
+        return [count["radam_kernel"] for count in made]
+
+    found, allowed = counts()
+    assert found <= allowed
+    kernels = fresh_kernels()
+    kernels.product = plain_product
+    monkeypatch.setattr(triton_tables, "load_kernels", lambda: kernels)
+    found, allowed = counts()
+    assert not found <= allowed
 
 
 @FLOATS

@@ -10,6 +10,18 @@
 namespace ranger::cuda {
 
 struct Launcher::DeviceTables {
+  explicit DeviceTables(int32_t device) : device(device) {}
+  ~DeviceTables() {
+    try {
+      const DeviceGuard guard(device);
+      for (DeviceMemory* memory : {&rows, &scalars, &chunks, &layouts}) *memory = {};
+    } catch (const Error&) {  // the driver is gone already, and the memory with it
+    }
+  }
+  DeviceTables(const DeviceTables&) = delete;
+  DeviceTables& operator=(const DeviceTables&) = delete;
+
+  const int32_t device;
   DeviceMemory rows, scalars, chunks, layouts;
 };
 
@@ -69,7 +81,7 @@ void Launcher::prepare(const Rows& rows) {
     layout_of.push_back(layout == nullptr ? -1 : static_cast<int64_t>(layouts.size()));
     if (layout != nullptr) append_layout(layouts, *layout);
   }
-  auto tables = std::make_shared<DeviceTables>();
+  auto tables = std::make_shared<DeviceTables>(device_);
   tables->layouts = on_device(layouts);
   std::vector<DeviceRow> records;
   for (size_t at = 0; at < geometry.order.size(); ++at) {

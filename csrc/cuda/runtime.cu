@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include <cuda.h>
+
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -38,6 +40,39 @@ void free_released() {
   list.swap(released());
 }
 
+// The driver's functions, found without linking it, so that the module loads where there is none.
+template <class Function>
+Function* entry_point(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
+#endif
+  if (found == nullptr) throw Error(std::string("the driver has no ") + name);
+  return reinterpret_cast<Function*>(found);
+}
+
+struct Entries {
+  CUresult (*get_current)(CUcontext*) = entry_point<CUresult(CUcontext*)>("cuCtxGetCurrent");
+  CUresult (*set_current)(CUcontext) = entry_point<CUresult(CUcontext)>("cuCtxSetCurrent");
+  CUresult (*get_device)(CUdevice*) = entry_point<CUresult(CUdevice*)>("cuCtxGetDevice");
+  CUresult (*retain)(CUcontext*, CUdevice) =
+      entry_point<CUresult(CUcontext*, CUdevice)>("cuDevicePrimaryCtxRetain");
+  CUresult (*release)(CUdevice) = entry_point<CUresult(CUdevice)>("cuDevicePrimaryCtxRelease");
+};
+
+const Entries& entries() {
+  static const Entries found;
+  return found;
+}
+
+// The driver's errors have the runtime's numbers.
+void check_driver(CUresult error, const char* call) {
+  check(static_cast<cudaError_t>(error), call);
+}
+
 }  // namespace
 
 std::string describe_error(const char* call, cudaError_t error) {
@@ -52,15 +87,29 @@ void check(cudaError_t error, const char* call) {
   throw Error(describe_error(call, error));
 }
 
-DeviceGuard::DeviceGuard(int32_t device) {
-  check(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ == device) return;
-  check(cudaSetDevice(device), "cudaSetDevice");
-  changed_ = true;
+void* Driver::current() {
+  CUcontext context = nullptr;
+  check_driver(entries().get_current(&context), "cuCtxGetCurrent");
+  return context;
 }
 
-DeviceGuard::~DeviceGuard() {
-  if (changed_) cudaSetDevice(before_);
+int32_t Driver::device() {
+  CUdevice device = 0;
+  check_driver(entries().get_device(&device), "cuCtxGetDevice");
+  return device;
+}
+
+void Driver::enter(int32_t device) {
+  CUcontext context = nullptr;
+  check_driver(entries().retain(&context, device), "cuDevicePrimaryCtxRetain");
+  const CUresult error = entries().set_current(context);
+  if (error != CUDA_SUCCESS) entries().release(device);
+  check_driver(error, "cuCtxSetCurrent");
+}
+
+void Driver::leave(int32_t device, void* before) noexcept {
+  entries().set_current(static_cast<CUcontext>(before));
+  entries().release(device);
 }
 
 DeviceMemory::DeviceMemory(size_t size) {

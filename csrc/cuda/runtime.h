@@ -12,6 +12,7 @@
 #include <memory>
 #include <string>
 
+#include "device_guard.h"
 #include "error.h"
 #include "tables.h"
 
@@ -22,18 +23,16 @@ std::string describe_error(const char* call, cudaError_t error);
 // Throws an Error that names the call, unless `error` is success.
 void check(cudaError_t error, const char* call);
 
-// Makes `device` current, and the one before again at the end.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int32_t device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
+// The calling thread's context, as CUDA's driver has it.
+struct Driver {
+  static void* current();   // null: there is none
+  static int32_t device();  // of the current one
+  // Makes the device's primary context current, which lives until leave().
+  static void enter(int32_t device);
+  static void leave(int32_t device, void* before) noexcept;
 };
+
+using DeviceGuard = BasicDeviceGuard<Driver>;
 
 // Memory on the current device, of its own and filled from the host. Not torch's allocator's: a
 // captured graph may hold it.

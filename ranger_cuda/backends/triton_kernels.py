@@ -35,6 +35,8 @@ GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
 # A gradient's dtype (DType of csrc/formats.h): float32, or one of these.
 FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 # --- the rule: elements, no memory ---------------------------------------------------------------
 
@@ -71,20 +73,34 @@ def root(a):
 
 
 @triton.jit
+def product(a, b):
+    """Rounded before it is added to anything.
+
+    For compute capability 10 and more LLVM makes pairs of products and sums (mul.rn.f32x2), which
+    ptxas before 13.1 fuses in spite of .rn and --fmad=false. It makes none of what it cannot read.
+    """
+    if not INTERPRETED and b.dtype == tl.float32 and tl.target_info.cuda_capability_geq(10):
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return a * b
+
+
+@triton.jit
 def radam(p, g, m, v, c, l2, rectified):
     """RAdam (arXiv:1908.03265, Algorithm 2): the parameter and its moments after a step."""
-    g = g * c.grad_scale
-    g = tl.where(l2, g + c.weight_decay * p, g)
-    m = c.beta1 * m + c.one_minus_beta1 * g
-    v = c.beta2 * v + c.one_minus_beta2 * (g * g)
+    g = product(c.grad_scale, g)
+    g = tl.where(l2, g + product(c.weight_decay, p), g)
+    m = product(c.beta1, m) + product(c.one_minus_beta1, g)
+    v = product(c.beta2, v) + product(c.one_minus_beta2, product(g, g))
     u = tl.where(rectified, divide(m, root(v) + c.eps), m)
-    return p * c.decay - c.step_size * u, m, v
+    return product(c.decay, p) - product(c.step_size, u), m, v
 
 
 @triton.jit
 def lookahead(p, slow, alpha):
     """Lookahead (arXiv:1907.08610, Algorithm 1); alpha = 1 takes the fast weight itself."""
-    return tl.where(alpha == 1.0, p, slow + alpha * (p - slow))
+    return tl.where(alpha == 1.0, p, slow + product(alpha, p - slow))
 
 
 # --- the schedule: the scalars of each tensor's step ---------------------------------------------

@@ -98,9 +98,10 @@ class DeviceTables:
         self._rule = rule
         self._stream = self._current_stream()
         kind_of = [(row.format, any(row.strides)) for row in rows]
-        self.order = sorted(range(len(rows)), key=kind_of.__getitem__)  # as they stand there
-        kinds = [kind_of[i] for i in self.order]
-        ordered = [rows[i] for i in self.order]
+        order = sorted(range(len(rows)), key=kind_of.__getitem__)  # as they stand there
+        self._order = np.array(order, dtype=np.intp)
+        kinds = [kind_of[i] for i in order]
+        ordered = [rows[i] for i in order]
         words: list[int] = []
         places = []
         for row, (_, strided) in zip(ordered, kinds, strict=True):
@@ -182,7 +183,7 @@ class DeviceTables:
             words: what the schedule kernel is told besides the addresses in ``gradients``.
         """
         tables = self._tables._replace(told=self._tell(words))
-        self._count_steps(tables, len(self.order))
+        self._count_steps(tables, len(self._order))
         for launch in self.launches:
             self._run_rule(launch, tables)
 
@@ -207,7 +208,7 @@ class DeviceTables:
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
         host, self._host = self._host, None
-        told = np.concatenate([self.gradients[self.order], np.array(words, dtype=np.int64)])
+        told = np.concatenate([self.gradients[self._order], np.array(words, dtype=np.int64)])
         if host is None:
             return write_words(told.tolist(), self.device)
         if not np.array_equal(self._told, told):

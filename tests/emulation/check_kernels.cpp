@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 #include "radam_lookahead.h"
 
 namespace ranger {
@@ -124,6 +125,29 @@ struct Case {
 
 constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "slow_param"};
 
+// What calls are to leave as it is: the thread's current context, which is none in every fourth step
+// and other devices' in the others, and how many hold on to each device's.
+class Devices {
+ public:
+  explicit Devices(int step) {
+    cuda::Driver::context = step % 4 == 0 ? nullptr : cuda::Driver::primary(step % 4 - 1);
+    before_ = cuda::Driver::context;
+    cuda::launched_on = -1;
+  }
+
+  std::string difference(int32_t device) const {
+    if (cuda::launched_on != device && cuda::launched_on != -1) return "a launch on another device";
+    if (cuda::Driver::context != before_) return "another context is current than before";
+    for (const auto& retained : cuda::Driver::retained) {
+      if (retained != 0) return "a context is kept";
+    }
+    return "";
+  }
+
+ private:
+  void* before_;
+};
+
 class Check {
  public:
   Check(const Case& of, uint32_t seed) : case_(of), random_(seed) {
@@ -138,19 +162,29 @@ class Check {
       draw_signals();
       const bool alone = step_ % 5 == 4;  // the interpolation, as after another optimizer's step
       for (cuda::Launcher& launcher : alone ? alone_ : fused_) {
+        const Devices devices(step_);
         launcher.prepare(all_);
         launcher.launch(all_, hypers_, signals_, nullptr);
+        const std::string found = devices.difference(launcher.device());
+        if (!found.empty()) return found;
       }
       for (int i = 0; i < case_.rows; ++i) expect_step(i, alone);
       std::string found = difference(alone ? "interpolation" : "step");
       if (found.empty() && step_ % 7 == 3) {
-        for (cuda::Launcher& launcher : alone ? alone_ : fused_) launcher.swap(nullptr);
+        for (cuda::Launcher& launcher : alone ? alone_ : fused_) {
+          const Devices devices(step_);
+          launcher.swap(nullptr);
+          found = devices.difference(launcher.device());
+          if (!found.empty()) return found;
+        }
         for (int i = 0; i < case_.rows; ++i) expect_swap(i);
         found = difference("swap");
       }
       if (!found.empty()) return found;
     }
-    return "";
+    const Devices devices(0);
+    for (cuda::Launcher& launcher : fused_) launcher = cuda::Launcher(Rule::kRadam, 0, 0);
+    return devices.difference(0);
   }
 
  private:
@@ -427,9 +461,9 @@ class Check {
   std::vector<TensorRow>& rows_ = all_.rows;
   std::vector<Parameter> parameters_;
   std::array<cuda::Launcher, 2> fused_ = {cuda::Launcher(Rule::kRadam, 0, 0),
-                                          cuda::Launcher(Rule::kRadam, 1, 0)};
+                                          cuda::Launcher(Rule::kRadam, 1, 1)};
   std::array<cuda::Launcher, 2> alone_ = {cuda::Launcher(Rule::kLookahead, 0, 0),
-                                          cuda::Launcher(Rule::kLookahead, 1, 0)};
+                                          cuda::Launcher(Rule::kLookahead, 1, 1)};
 
   int step_ = 0;
   std::vector<Buffer> scalars_;

@@ -3,6 +3,7 @@
 // see what the kernels do: an index too far (address, undefined), a missing barrier (thread).
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -12,26 +13,59 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/device_guard.h"
 #include "cuda/error.h"
 #include "cuda/tables.h"
 
 namespace ranger::cuda {
 
-struct DeviceGuard {
-  explicit DeviceGuard(int32_t) {}
+// A thread's current context, and how often each device's primary one is retained. As in CUDA, what
+// needs a context and finds none makes one on device 0.
+struct Driver {
+  static constexpr int kDevices = 4;
+  static inline thread_local void* context = nullptr;
+  static inline std::atomic<int> retained[kDevices] = {};
+
+  static void* primary(int32_t device) { return &retained[device]; }
+  static void* current() { return context; }
+  static int32_t device() {
+    return static_cast<int32_t>(static_cast<std::atomic<int>*>(context) - retained);
+  }
+  static void enter(int32_t device) {
+    ++retained[device];
+    context = primary(device);
+  }
+  static void leave(int32_t device, void* before) {
+    context = before;
+    --retained[device];
+  }
+  // The device of a call that needs a context.
+  static int32_t need() {
+    if (context == nullptr) enter(0);
+    return device();
+  }
 };
+
+using DeviceGuard = BasicDeviceGuard<Driver>;
 
 class DeviceMemory {
  public:
   DeviceMemory() = default;
-  explicit DeviceMemory(size_t size) : memory_(static_cast<char*>(std::malloc(size)), &std::free) {
+  explicit DeviceMemory(size_t size) : memory_(static_cast<char*>(std::malloc(size))) {
     std::memset(memory_.get(), 0xff, size);  // nothing may count on zeros
+    Driver::need();
   }
   void* get() const { return memory_.get(); }
   void fill_from(const void* host, size_t size) const { std::memcpy(memory_.get(), host, size); }
 
  private:
-  std::unique_ptr<char, void (*)(void*)> memory_{nullptr, &std::free};
+  struct Free {
+    void operator()(char* memory) const {
+      Driver::need();
+      std::free(memory);
+    }
+  };
+  std::unique_ptr<char, Free> memory_;
 };
 
 inline void keep_while_captured(void*, const std::shared_ptr<const void>&) {}
@@ -81,8 +115,11 @@ class EmulatedThread {
 template <class Kernel>
 void require() {}
 
+inline thread_local int32_t launched_on = -1;  // the device of the last launch; -1: none
+
 template <class Kernel>
 void launch(int64_t blocks, void*, const typename Kernel::Args& args) {
+  launched_on = Driver::need();
   if (blocks < 1 || blocks > INT32_MAX) throw Error("cudaLaunchKernel: invalid configuration");
   Barrier barrier(kThreads);
   // Each block has shared memory of its own, with rubbish in it, as on a GPU.
