@@ -32,7 +32,7 @@ class Target(NamedTuple):
     backend: str
     device: torch.device
     small: bool = False  # too slow for large tensors; small ones have many chunks there
-    slow: bool = False  # too slow for many tensors or steps, too
+    slow: bool = False  # too slow for many tensors or steps, and for more than a few chunks
 
     def move(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device: the same strides, gaps and lazy negation or conjugation."""
@@ -59,6 +59,7 @@ ARCHITECTURES = (75, 80, 90, 100, 120)
 ALL_COMPILED = tuple(
     f"compiled-{backend}-{sm}" for backend in ("cuda", "triton") for sm in ARCHITECTURES
 )
+ALL_NAMES = (*NAMES, *ALL_COMPILED)
 
 
 def build_emulation(folder: Path, *options: str) -> Path:
@@ -162,7 +163,7 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
     if name.startswith("compiled-cuda"):
         ptx = build.compile_to_ptx(int(name.split("-")[2]))
         device().use(device().open(build.kernel_library(ptx)))
-        return cuda_on_the_cpu(patch, load(compiled_binary()))
+        return cuda_on_the_cpu(patch, load(compiled_binary()))._replace(slow=True)
     return cuda_on_the_cpu(patch, load(emulated_binary()))._replace(small=True)
 
 
@@ -172,7 +173,7 @@ def compiled_triton(architecture: int, patch: pytest.MonkeyPatch) -> Target:
     from ptx.triton_gpu import TranslatingGPU
 
     TranslatingGPU(architecture).install(patch)
-    return Target("triton", torch.device("cpu"))
+    return Target("triton", torch.device("cpu"), slow=True)
 
 
 def cuda_on_the_cpu(patch: pytest.MonkeyPatch, extension: ModuleType) -> Target:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from .build import kernel_library
 from .device import device
@@ -63,7 +64,7 @@ class TranslatingGPU(IdleGPU):
 
     def install(self, patch: Any) -> None:
         """As Triton's driver; it is told of the files that a kernel is loaded from."""
-        patch.setattr("triton.runtime.driver.driver._active", self)
+        patch.setattr(driver, "_active", self)
         patch.setattr(knobs.runtime, "kernel_load_start_hook", self._before_load)
 
     def _before_load(self, module: Any, function: Any, name: str, files: Any, hash: Any) -> None:
