@@ -37,9 +37,10 @@ def runtime_library() -> Path:
     return made_once("libptx.so", lambda to: checked([*GXX, *options, *sources, "-o", to]))
 
 
-def kernel_library(ptx: str) -> Path:
-    """A module's kernels, translated and compiled."""
-    code = translate(ptx).code
+def kernel_library(ptx: str, wanted: str = "") -> Path:
+    """A module's kernels, or those of them that are wanted, translated and compiled."""
+    require("g++")
+    code = translate(ptx, wanted).code
     name = "kernels-" + hashlib.sha256(code.encode()).hexdigest()[:16]
     source = made_once(f"{name}.cpp", lambda to: to.write_text(code))
     return made_once(f"{name}.so", lambda to: checked([*GXX, *EXACT, source, "-o", to]))

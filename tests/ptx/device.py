@@ -80,20 +80,17 @@ class Device:
     @contextlib.contextmanager
     def bounded(self, tensors: Iterable[Tensor]) -> Iterator[None]:
         """A fault for each access outside of these tensors and of the device's own tables."""
-        spans = [(t.data_ptr(), t.untyped_storage().data_ptr(), t) for t in tensors]
-        for begin, _, tensor in spans:
-            elements = sum(
-                (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            size = (elements + 1) * tensor.element_size() if tensor.numel() else 0
+        allowed = list(tensors)
+        for tensor in allowed:
+            begin, size = tensor.data_ptr(), span(tensor) * tensor.element_size()
             self._library.ptx_allow(ctypes.c_uint64(begin), ctypes.c_uint64(size))
         self._library.ptx_bound(1)
         try:
             yield
         finally:
             self._library.ptx_bound(0)
-            for begin, *_ in spans:
-                self._library.ptx_forbid(ctypes.c_uint64(begin))
+            for tensor in allowed:
+                self._library.ptx_forbid(ctypes.c_uint64(tensor.data_ptr()))
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[list[Launch]]:
@@ -106,6 +103,13 @@ class Device:
                 launches.append(Launch(kernel, blocks, [Traffic(*site) for site in sites]))
         finally:
             self._library.ptx_count(0)
+
+
+def span(tensor: Tensor) -> int:
+    """Elements from the first to the last, gaps included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @functools.cache

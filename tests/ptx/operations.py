@@ -1,7 +1,7 @@
 """What PTX's operations compute, as C++. What is not listed here is not translated.
 
-Floating-point arithmetic is listed only where it rounds once, to nearest, and keeps denormals: an
-``fma``, ``.ftz``, ``.approx``, or an operation without ``.rn``, which may still be contracted, is none.
+Floating-point arithmetic is listed only where it rounds once, to nearest, and keeps denormals: no
+``fma``, ``.ftz`` or ``.approx``, and nothing without ``.rn``, which may still be contracted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ UNTYPED = ("b16", "b32", "b64")
 INTEGERS = (*SIGNED, *UNSIGNED)
 WIDER = {"s16": "s32", "s32": "s64", "u16": "u32", "u32": "u64"}
 SIZES = {"pred": 0} | {
-    kind + str(8 * size): size for size in (1, 2, 4, 8) for kind in "bsuf" if (kind, size) != ("f", 1)
+    kind + str(8 * size): size
+    for size in (1, 2, 4, 8)
+    for kind in "bsuf"
+    if (kind, size) != ("f", 1)
 }
 
 

@@ -12,7 +12,7 @@ SPECIAL = {"%tid.x": "index", "%ctaid.x": "block", "%ntid.x": "threads", "%nctai
 # By size: registers, and what one holds before it is written, which nothing may count on.
 REGISTERS = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 RUBBISH = {0: "true", 2: "0xdead", 4: "0xdeadbeef", 8: "0xdeadbeefdeadbeef"}
-IGNORED = (".pragma", ".loc", ".file")
+IGNORED = (".pragma ", ".loc ", ".file ")
 KERNEL = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{;]*)\{", re.DOTALL)
 PARAMETER = re.compile(
     r"\.param(?: \.align (?P<align>\d+))? \.(?P<type>\w+)(?: \.ptr[ .\w]*)? (?P<name>[\w$]+)"
@@ -37,11 +37,11 @@ class Translation(NamedTuple):
     kernels: dict[str, list[Parameter]]
 
 
-def translate(ptx: str) -> Translation:
-    """All kernels of a module."""
+def translate(ptx: str, wanted: str = "") -> Translation:
+    """The kernels of a module whose names the pattern ``wanted`` is found in."""
     text = re.sub(r"/\*.*?\*/", "", ptx, flags=re.DOTALL)
     text = re.sub(r"//.*", "", text).split("\t.section", 1)[0]  # the rest is of debuggers
-    kernels = [Kernel(*parts) for parts in split_kernels(text)]
+    kernels = [Kernel(*parts) for parts in split_kernels(text) if re.search(wanted, parts[0])]
     if not kernels:
         raise Untranslatable("there is no kernel")
     code = '#include "runtime.h"\n\nnamespace ptx {\nnamespace {\n\n'
@@ -153,9 +153,7 @@ class Kernel:
         if registers := re.fullmatch(r"\.reg \.(\w+) (.+)", statement):
             for name in elements(registers[2]):
                 several = re.fullmatch(r"(%\w+)<(\d+)>", name)
-                names = (
-                    [f"{several[1]}{i}" for i in range(int(several[2]))] if several else [name]
-                )
+                names = [f"{several[1]}{i}" for i in range(int(several[2]))] if several else [name]
                 if self._registers.keys() & {*names}:
                     raise Untranslatable(f"{statement}, once more")
                 self._registers.update(dict.fromkeys(names, registers[1]))
