@@ -1,10 +1,11 @@
-"""The compiled kernels in whole steps: planted defects are found, and what a step costs is counted."""
+"""The compiled kernels in whole steps: defects that are planted are found, and costs counted."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 from emulation.programs import CSRC
 from helpers import assert_same, give_gradients, twins
 from ptx.build import compile_to_ptx, kernel_library
-from ptx.device import device, span
+from ptx.device import device
 from ptx.translate import Untranslatable
 from ranger_cuda import Ranger
 from ranger_cuda.backends import triton_kernels, triton_tables
@@ -23,7 +24,7 @@ from targets import fresh_kernels, open_target, triton_on_the_cpu
 ARCHITECTURE = 90
 CHUNK = 8192
 # 41 tensors and the 12 words of their group fill the smallest arguments.
-COUNTS = (*range(1, 40), 9_001, 1_003)
+COUNTS = (*range(1, 40), 9_001, 3_003)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def check(backend, bounded=False):
         assert_same(first, second, a, b, f"step {step}")
 
 
-# --- planted defects -------------------------------------------------------------------------------
+# --- planted defects -----------------------------------------------------------------------------
 
 
 class Defect(NamedTuple):
@@ -101,8 +102,9 @@ DEFECTS = {
 WANTED = "ScheduleKernelILi53E|RadamKernelIfLb0E|SlowKernelIfLb0ENS0_4SwapE"
 
 
-def test_steps_stay_within_their_memory(cuda):
-    check("cuda", bounded=True)
+@pytest.mark.parametrize("target", ["cuda", "triton"], indirect=True)
+def test_steps_are_the_reference_s_at_any_alignment_and_stay_within_their_memory(target):
+    check(target.backend, bounded=target.backend == "cuda")  # Triton's tables are torch's memory
 
 
 @pytest.mark.parametrize("name", DEFECTS)
@@ -129,16 +131,32 @@ def test_arithmetic_that_rounds_otherwise_is_refused(option, evidence):
 
 
 @pytest.mark.parametrize("target", ["triton"], indirect=True)
+def test_an_alignment_that_triton_s_kernels_claim_is_checked(target, tmp_path, monkeypatch):
+    """One pointer for both branches has in both the alignment that is claimed in one."""
+    text = "tl.load(pointer(word, T, False) + i, mask=mask)\n    else:"
+    source = Path(triton_kernels.__file__).read_text()
+    assert source.count(text) == 1
+    file = tmp_path / "kernels.py"
+    file.write_text(source.replace(text, text.replace("False", "True")))
+    spec = importlib.util.spec_from_file_location("claiming_kernels", file)
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    triton_on_the_cpu(monkeypatch, kernels)
+    with pytest.raises(RuntimeError, match="misaligned: load of 16 bytes"):
+        check("triton")
+
+
+@pytest.mark.parametrize("target", ["triton"], indirect=True)
 def test_triton_s_contraction_is_refused(target, monkeypatch):
     options = triton_tables.options
     fused = {"enable_fp_fusion": True}
     triton_on_the_cpu(monkeypatch, fresh_kernels())
     monkeypatch.setattr(triton_tables, "options", lambda *given: options(*given) | fused)
-    with pytest.raises(Untranslatable, match="fma|add|sub|mul"):
+    with pytest.raises(Untranslatable, match=r"fma|^(add|sub|mul)\.f32 "):
         check("triton")
 
 
-# --- what a step costs -----------------------------------------------------------------------------
+# --- what a step costs ---------------------------------------------------------------------------
 
 
 def wide_and_other(launch):
@@ -155,7 +173,7 @@ def counted_step(backend, step, shift=0):
         param.grad = placed(3 * CHUNK, shift)
         with device().counting() as launches:
             optimizer.step()
-    return launches
+    return launches[-2:]  # Triton's first ones try the kernels out
 
 
 @pytest.mark.parametrize("target", ["cuda", "triton"], indirect=True)
@@ -172,7 +190,7 @@ def test_an_element_costs_28_bytes_and_36_on_a_sync_step(target, step, loads, st
         assert site.sectors == 16 * site.requests
     assert not any(site.store for site in other)
     tables = sum(site.sectors for site in other) + sum(site.sectors for site in schedule.sites)
-    assert tables < 0.01 * sum(site.sectors for site in wide)
+    assert tables < 0.02 * sum(site.sectors for site in wide)
 
 
 @pytest.mark.parametrize("target", ["cuda", "triton"], indirect=True)

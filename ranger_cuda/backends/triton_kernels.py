@@ -234,25 +234,26 @@ def strided_offset(layout, stream: tl.constexpr, index):
 
 
 @triton.jit
-def load(word, i, mask, T: tl.constexpr):
-    """Elements ``i`` of the stream at the address ``word``: 16 bytes an access where it lies at a
-    multiple of 16, which is not known of an address from a table until ``multiple_of`` says it."""
+def pointer(word, T: tl.constexpr, WIDE: tl.constexpr):
+    """The stream at the address ``word``. WIDE: it lies at a multiple of 16, which is not known of
+    an address from a table until ``multiple_of`` says it, of this pointer and whatever uses it."""
     stream = word.to(tl.pointer_type(T))
-    if (word & 15) == 0:
-        values = tl.load(tl.multiple_of(stream, 16) + i, mask=mask)
-    else:
-        values = tl.load(stream + i, mask=mask)
-    return values
+    if WIDE:
+        stream = tl.multiple_of(stream, 16)
+    return stream
 
 
 @triton.jit
-def store(word, i, values, mask, T: tl.constexpr):
-    """Likewise."""
-    stream = word.to(tl.pointer_type(T))
-    if (word & 15) == 0:
-        tl.store(tl.multiple_of(stream, 16) + i, values, mask=mask)
+def load_gradient(word, i, mask, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements ``i``: 16 bytes an access where all else is wide and it lies at a multiple of 16."""
+    if WIDE:
+        if (word & 15) == 0:
+            g = tl.load(pointer(word, T, True) + i, mask=mask)
+        else:
+            g = tl.load(pointer(word, T, False) + i, mask=mask)
     else:
-        tl.store(stream + i, values, mask=mask)
+        g = tl.load(pointer(word, T, False) + i, mask=mask)
+    return g
 
 
 @triton.jit
@@ -266,22 +267,28 @@ def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def radam_block(words, i, mask, c, l2, rectified, sync, T: tl.constexpr):
+def radam_block(
+    words, i, mask, c, l2, rectified, sync, T: tl.constexpr, WIDE: tl.constexpr = False
+):
     """The fused step of elements ``i`` of each stream: all are loaded before one is stored."""
-    p = load(words.p, i.p, mask, T)
-    g = load(words.g, i.g, mask, T)
-    m = load(words.m, i.m, mask, T)
-    v = load(words.v, i.v, mask, T)
+    p_at = pointer(words.p, T, WIDE) + i.p
+    m_at = pointer(words.m, T, WIDE) + i.m
+    v_at = pointer(words.v, T, WIDE) + i.v
+    slow_at = pointer(words.slow, T, WIDE) + i.slow
+    p = tl.load(p_at, mask=mask)
+    g = load_gradient(words.g, i.g, mask, T, WIDE)
+    m = tl.load(m_at, mask=mask)
+    v = tl.load(v_at, mask=mask)
     slow = p
     if sync:
-        slow = load(words.slow, i.slow, mask, T)
+        slow = tl.load(slow_at, mask=mask)
     p, m, v = radam(p, g, m, v, c, l2, rectified)
     if sync:
         p = lookahead(p, slow, c.alpha)
-        store(words.slow, i.slow, p, mask, T)
-    store(words.p, i.p, p, mask, T)
-    store(words.m, i.m, m, mask, T)
-    store(words.v, i.v, v, mask, T)
+        tl.store(slow_at, p, mask=mask)
+    tl.store(p_at, p, mask=mask)
+    tl.store(m_at, m, mask=mask)
+    tl.store(v_at, v, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -341,10 +348,12 @@ def radam_kernel(
         else:
             # What is left over goes in blocks of another length: the compiler gives all loads of a
             # length the same layout, and neighbours in one thread would leave gaps between threads.
-            whole = count // BLOCK * BLOCK
+            # So does everything where a stream that is written does not lie at a multiple of 16.
+            written = words.p | words.m | words.v | words.slow
+            whole = tl.where((written & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
-                radam_block(words, Streams(i, i, i, i, i), None, c, l2, rectified, sync, T)
+                radam_block(words, Streams(i, i, i, i, i), None, c, l2, rectified, sync, T, True)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
@@ -353,17 +362,29 @@ def radam_kernel(
 
 
 @triton.jit
-def slow_block(p_word, slow_word, i_p, i_slow, mask, alpha, SWAP: tl.constexpr, T: tl.constexpr):
+def slow_block(
+    p_word,
+    slow_word,
+    i_p,
+    i_slow,
+    mask,
+    alpha,
+    SWAP: tl.constexpr,
+    T: tl.constexpr,
+    WIDE: tl.constexpr = False,
+):
     """Parameters and slow weights change places, or are interpolated."""
-    p = load(p_word, i_p, mask, T)
-    slow = load(slow_word, i_slow, mask, T)
+    p_at = pointer(p_word, T, WIDE) + i_p
+    slow_at = pointer(slow_word, T, WIDE) + i_slow
+    p = tl.load(p_at, mask=mask)
+    slow = tl.load(slow_at, mask=mask)
     if SWAP:
-        store(p_word, i_p, slow, mask, T)
-        store(slow_word, i_slow, p, mask, T)
+        tl.store(p_at, slow, mask=mask)
+        tl.store(slow_at, p, mask=mask)
     else:
         slow = lookahead(p, slow, alpha)
-        store(p_word, i_p, slow, mask, T)
-        store(slow_word, i_slow, slow, mask, T)
+        tl.store(p_at, slow, mask=mask)
+        tl.store(slow_at, slow, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -396,10 +417,10 @@ def slow_kernel(
                 i_slow = strided_offset(layout, SLOW_PARAM, begin + start + lanes)
                 slow_block(p, slow, i_p, i_slow, start + lanes < count, alpha, SWAP, T)
         else:
-            whole = count // BLOCK * BLOCK
+            whole = tl.where(((p | slow) & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
-                slow_block(p, slow, i, i, None, alpha, SWAP, T)
+                slow_block(p, slow, i, i, None, alpha, SWAP, T, True)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
