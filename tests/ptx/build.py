@@ -18,7 +18,7 @@ from .translate import translate
 
 HERE = Path(__file__).parent
 RUNTIME = ("runtime.cpp", "memory.cpp", "traffic.cpp")
-GXX = ["g++", "-std=c++20", "-fPIC", "-shared", f"-I{HERE}"]
+GXX = ["g++", "-std=c++17", "-fPIC", "-shared", f"-I{HERE}"]
 # The host's arithmetic as the kernel's: nothing is contracted, and integers wrap around.
 EXACT = ["-O1", "-w", "-ffp-contract=off", "-fwrapv"]
 
@@ -32,6 +32,7 @@ def require(*programs: str) -> None:
 
 @functools.cache
 def runtime_library() -> Path:
+    require("g++")
     sources = [HERE / name for name in RUNTIME]
     options = ["-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libptx.so"]
     return made_once("libptx.so", lambda to: checked([*GXX, *options, *sources, "-o", to]))

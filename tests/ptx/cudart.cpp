@@ -36,7 +36,8 @@ bool is_flat(const dim3& size) { return size.y == 1 && size.z == 1; }
 
 extern "C" {
 
-// --- what the objects say of their kernels before main() -------------------------------------------
+// --- what the objects say of their kernels before main()
+// -------------------------------------------
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
@@ -50,7 +51,8 @@ void __cudaRegisterFunction(void**, const char* host, char*, const char* name, i
   names()[host] = name;
 }
 
-// --- launches; those with <<< >>> come in three parts, which nothing here uses -------------------------
+// --- launches; those with <<< >>> come in three parts, which nothing here uses
+// -------------------------
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {
@@ -101,7 +103,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
   return cudaSuccess;
 }
 
-// --- streams and captures, of which there are none ---------------------------------------------------
+// --- streams and captures, of which there are none
+// ---------------------------------------------------
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = nullptr;
@@ -130,7 +133,8 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, u
   return cudaErrorNotSupported;
 }
 
-// --- the device and the driver ---------------------------------------------------------------------
+// --- the device and the driver
+// ---------------------------------------------------------------------
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -5,9 +5,8 @@ namespace ptx {
 std::string describe(const Access& access, const char* what) {
   constexpr const char* kSpaces[] = {"global", "shared", "parameter"};
   return std::string(what) + ": " + (access.store ? "store of " : "load of ") +
-         std::to_string(access.size) + " bytes at " +
-         kSpaces[static_cast<int>(access.space)] + " address " + std::to_string(access.address) +
-         ", access " + std::to_string(access.site);
+         std::to_string(access.size) + " bytes at " + kSpaces[static_cast<int>(access.space)] +
+         " address " + std::to_string(access.address) + ", access " + std::to_string(access.site);
 }
 
 void Bounds::check(const Access& access) const {

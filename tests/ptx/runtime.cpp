@@ -173,7 +173,8 @@ std::string report() {
 }  // namespace
 }  // namespace ptx
 
-// --- for Python and for the stand-in of CUDA's runtime ---------------------------------------------
+// --- for Python and for the stand-in of CUDA's runtime
+// ---------------------------------------------
 
 extern "C" {
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,10 +33,18 @@ using f64 = double;
 
 // --- registers ---------------------------------------------------------------------------------
 
+template <class To, class From>
+To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 template <class T, class Register>
 T get(Register bits) {
   if constexpr (std::is_floating_point_v<T>) {
-    return std::bit_cast<T>(bits);
+    return same_bits<T>(bits);
   } else {
     return static_cast<T>(bits);
   }
@@ -47,7 +54,7 @@ T get(Register bits) {
 template <class T, class Register>
 void put(Register& bits, T value) {
   if constexpr (std::is_floating_point_v<T>) {
-    bits = std::bit_cast<Register>(value);
+    bits = same_bits<Register>(value);
   } else {
     bits = static_cast<Register>(value);
   }
@@ -60,7 +67,7 @@ template <class Operation>
 b64 pairwise(b64 a, b64 b, Operation apply) {
   const auto half = [&](int shift) {
     const f32 result = apply(get<f32>(b32(a >> shift)), get<f32>(b32(b >> shift)));
-    return b64(std::bit_cast<b32>(result)) << shift;
+    return b64(same_bits<b32>(result)) << shift;
   };
   return half(0) | half(32);
 }

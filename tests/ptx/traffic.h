@@ -33,7 +33,7 @@ class Counter {
     std::set<u64> sectors;
   };
 
-  std::map<std::pair<u32, int>, u64> rounds_;  // how often a thread has come to a site
+  std::map<std::pair<u32, int>, u64> rounds_;              // how often a thread has come to a site
   std::map<std::tuple<u32, int, u64>, Request> requests_;  // of a warp, a site and a round
   std::map<int, Traffic> sites_;
 };
