@@ -11,6 +11,9 @@ install:  ## build in place, with everything that the other verbs need
 test:  ## run the tests
 	$(PYTHON) -m pytest
 
+ptx:  ## run what nvcc and Triton compile for each architecture on the CPU (long)
+	$(PYTHON) -m pytest -m ptx
+
 lint:  ## check style, formatting and types
 	ruff check
 	ruff format --check
@@ -30,4 +33,4 @@ experiments:  ## show again what the papers show (see docs/experiments/README.md
 gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
 	$(PYTHON) benchmarks/on_gpu.py
 
-.PHONY: help install test lint format bench experiments gpu
+.PHONY: help install test ptx lint format bench experiments gpu

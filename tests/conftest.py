@@ -1,6 +1,7 @@
 """Property-based tests: no deadlines, for busy machines; the same examples every time in CI.
 
-``-m gpu`` selects the tests that run on a GPU."""
+``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that run translated PTX and
+that only ``make ptx`` runs: the parity tests run it for one architecture in any case."""
 
 import os
 import sys
@@ -17,8 +18,9 @@ except ImportError:  # torch.testing._internal imports it, for a base class that
     sys.modules["expecttest"] = ModuleType("expecttest")
     sys.modules["expecttest"].TestCase = unittest.TestCase
 
+from builds import shared_folder
 from expendable import Expendable
-from targets import NAMES, open_target
+from targets import ALL_COMPILED, ALL_NAMES, COMPILED, NAMES, open_target
 
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
@@ -26,6 +28,8 @@ settings.load_profile("here")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a GPU, and is skipped where there is none")
+    config.addinivalue_line("markers", "ptx: runs what is compiled on the CPU, and takes long")
+    shared_folder()  # which the processes that run tests inherit
 
 
 def pytest_collection_modifyitems(items):
@@ -35,9 +39,12 @@ def pytest_collection_modifyitems(items):
         skips = [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]
         if "no CUDA device" in skips or {"cuda", "triton"} & {*places}:
             item.add_marker("gpu")
+        compiled = {*ALL_COMPILED} & {*places, given.get("elsewhere")}
+        if compiled and not (item.path.stem == "test_parity" and compiled <= {*COMPILED}):
+            item.add_marker("ptx")
 
 
-@pytest.fixture(params=["emulated", "cuda", "interpreted", "triton"])
+@pytest.fixture(params=["emulated", "cuda", "interpreted", "triton", *ALL_COMPILED])
 def device_target(request, monkeypatch):
     """Each place where a GPU's backend runs."""
     return open_target(request.param, monkeypatch)
@@ -49,11 +56,12 @@ def interpreted(monkeypatch):
     return open_target("interpreted", monkeypatch)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=ALL_NAMES)
 def target(request, monkeypatch):
     """Each place where kernels run."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "cpu-1-thread" else 2)
+    # Two that wait for each other take long on a busy machine: only where they are the point.
+    torch.set_num_threads(1 if request.param in ("cpu-1-thread", *ALL_COMPILED) else 2)
     yield open_target(request.param, monkeypatch)
     torch.set_num_threads(before)
 
@@ -61,13 +69,13 @@ def target(request, monkeypatch):
 @pytest.fixture(scope="session")
 def processes():
     """A process for each place where kernels run: one that may die of a test."""
-    started = {name: Expendable(name) for name in NAMES}
+    started = {name: Expendable(name) for name in (*NAMES, *COMPILED)}
     yield started
     for process in started.values():
         process.stop()
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *COMPILED])
 def elsewhere(request, processes, monkeypatch):
     """Each of them."""
     open_target(request.param, monkeypatch)  # or the test is skipped

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from targets import emulated_binary, open_target
+from targets import open_target
 
 SECONDS = 60  # longer than any call takes
 # What is freed goes back to the system at once if it is as long as a page, and is overwritten if
@@ -49,8 +49,6 @@ class Expendable:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in UNFORGIVING.items():
                 patch.setenv(name, value)
-            if self._target == "emulated":
-                patch.setenv("RANGER_EMULATED_EXTENSION", str(emulated_binary()))
             self._process = context.Process(target=_serve, args=(theirs, self._target), daemon=True)
             self._process.start()
         theirs.close()

@@ -1,16 +1,13 @@
-"""Where kernels run: each compiled backend on the devices there are, and the CUDA kernels emulated
-on the CPU, so that every machine runs their source."""
+"""Where kernels run: each compiled backend on the devices there are, the CUDA kernels emulated on
+the CPU, so that every machine runs their source, and what nvcc and Triton compile, translated."""
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -20,6 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from builds import made_once
+from ptx import build
+from ptx.device import device
 from ranger_cuda import support, tensors
 from ranger_cuda.backends import triton_tables
 
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     backend: str
     device: torch.device
     small: bool = False  # too slow for large tensors; small ones have many chunks there
-    slow: bool = False  # too slow for many tensors or steps, too
+    slow: bool = False  # too slow for many tensors or steps, and for more than a few chunks
 
     def move(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the device: the same strides, gaps and lazy negation or conjugation."""
@@ -53,6 +53,13 @@ class Target(NamedTuple):
 
 
 NAMES = ("cpu-1-thread", "cpu-2-threads", "emulated", "cuda", "interpreted", "triton")
+# What nvcc and Triton compile, for one architecture, and for each whose code may differ.
+COMPILED = ("compiled-cuda-90", "compiled-triton-90")
+ARCHITECTURES = (75, 80, 90, 100, 120)
+ALL_COMPILED = tuple(
+    f"compiled-{backend}-{sm}" for backend in ("cuda", "triton") for sm in ARCHITECTURES
+)
+ALL_NAMES = (*NAMES, *ALL_COMPILED)
 
 
 def build_emulation(folder: Path, *options: str) -> Path:
@@ -61,8 +68,19 @@ def build_emulation(folder: Path, *options: str) -> Path:
     configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DRANGER_EMULATE_CUDA=ON", *options]
     for command in (configure, ["cmake", "--build", str(folder)]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return binary_in(folder)
+
+
+def binary_in(folder: Path) -> Path:
     (binary,) = folder.glob("_C*.so")
     return binary
+
+
+@functools.cache
+def emulation() -> Path:
+    """The folder of a build that is compiled in a third of the time."""
+    quick = ("-DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    return made_once("emulation", lambda folder: build_emulation(folder, *quick))
 
 
 @functools.cache
@@ -70,9 +88,13 @@ def emulated_binary() -> Path:
     """The extension with its CUDA backend compiled for the CPU, as a file."""
     if built := os.environ.get("RANGER_EMULATED_EXTENSION"):
         return Path(built)
-    folder = tempfile.mkdtemp(prefix="ranger_emulation_")
-    atexit.register(shutil.rmtree, folder)
-    return build_emulation(Path(folder))
+    return binary_in(emulation())
+
+
+@functools.cache
+def compiled_binary() -> Path:
+    """The extension whose CUDA backend launches translated kernels."""
+    return build.link_extension(emulation())
 
 
 @functools.cache
@@ -109,6 +131,13 @@ def triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
 
 
 @functools.cache
+def kernels_compiled_for(architecture: int) -> ModuleType:
+    """The Triton kernels, which are compiled as they are first launched."""
+    pytest.importorskip("triton")
+    return fresh_kernels()
+
+
+@functools.cache
 def load(binary: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("emulated._C", binary)
     module = importlib.util.module_from_spec(spec)
@@ -129,10 +158,29 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         patch.setattr(triton_tables, "CHUNK", 64)
         patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
+    if name.startswith("compiled-triton"):
+        return compiled_triton(int(name.split("-")[2]), patch)
+    if name.startswith("compiled-cuda"):
+        ptx = build.compile_to_ptx(int(name.split("-")[2]))
+        device().use(device().open(build.kernel_library(ptx)))
+        return cuda_on_the_cpu(patch, load(compiled_binary()))._replace(slow=True)
+    return cuda_on_the_cpu(patch, load(emulated_binary()))._replace(small=True)
+
+
+def compiled_triton(architecture: int, patch: pytest.MonkeyPatch) -> Target:
+    """What Triton compiles for ``sm_<architecture>``, on the CPU."""
+    triton_on_the_cpu(patch, kernels_compiled_for(architecture))
+    from ptx.triton_gpu import TranslatingGPU
+
+    TranslatingGPU(architecture).install(patch)
+    return Target("triton", torch.device("cpu"), slow=True)
+
+
+def cuda_on_the_cpu(patch: pytest.MonkeyPatch, extension: ModuleType) -> Target:
+    """Let backend="cuda" launch the kernels of ``extension`` for parameters on the CPU."""
     patch.setattr(tensors, "HOST", ())
-    module = load(emulated_binary())
     cuda = support.BACKENDS["cuda"]._replace(devices=("cpu",))
     patch.setitem(support.BACKENDS, "cuda", cuda)
-    patch.setattr(support, "extension", lambda: module)
+    patch.setattr(support, "extension", lambda: extension)
     patch.setattr(support, "_cuda_obstacle", lambda extension: None)
-    return Target("cuda", torch.device("cpu"), small=True)
+    return Target("cuda", torch.device("cpu"))

@@ -22,39 +22,7 @@ from ranger_cuda.tensors import plain_grad
 from targets import fresh_kernels, interpreted_kernels, triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
-GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 driver = pytest.importorskip("triton.runtime.driver").driver
-
-
-class IdleGPU:
-    """A driver of Triton's for an sm_90 that loads what is compiled and runs nothing."""
-
-    def __init__(self):
-        self.utils = self
-        self.loaded: list[str] = []
-        self.launched: list[str] = []
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448}
-
-    def load_binary(self, name, *_):
-        self.loaded.append(name)
-        return object(), object(), 32, 0, 1024
-
-    def unload_module(self, module):
-        pass
-
-    def launcher_cls(self, source, metadata):
-        return lambda *_: self.launched.append(source.fn.__name__)
 
 
 @pytest.fixture
@@ -62,7 +30,7 @@ def gpu(monkeypatch):
     """``backend="triton"`` compiles for it, and finds it with nothing compiled yet."""
     kernels = fresh_kernels()
     triton_on_the_cpu(monkeypatch, kernels)
-    idle = IdleGPU()
+    idle = pytest.importorskip("ptx.triton_gpu").IdleGPU()
     monkeypatch.setattr(driver, "_active", idle)
     yield idle
     for kernel in vars(kernels).values():  # they are unloaded while there is a driver

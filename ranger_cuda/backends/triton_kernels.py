@@ -258,42 +258,60 @@ def strided_offset(layout, stream: tl.constexpr, index):
 
 
 @triton.jit
-def load(word, i, mask, STORED: tl.constexpr, T: tl.constexpr):
-    """Elements ``i`` of the stream at the address ``word``, as values: 16 bytes an access where it
-    lies at a multiple of 16, which is not known of an address from a table until ``multiple_of``
-    says it."""
+def pointer(word, STORED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """The stream at the address ``word``. WIDE: it lies at a multiple of 16, which is not known of
+    an address from a table until ``multiple_of`` says it, of this pointer and whatever uses it.
+
+    No more than 16 bytes of values are claimed to lie side by side, so that a thread has the same
+    elements of each stream, whatever they are stored in.
+    """
     stream = word.to(tl.pointer_type(STORED))
-    if (word & 15) == 0:
-        values = tl.load(tl.multiple_of(stream, 16) + i, mask=mask)
-    else:
-        values = tl.load(stream + i, mask=mask)
-    return values.to(T)
+    if WIDE:
+        side_by_side: tl.constexpr = 16 * STORED.primitive_bitwidth // T.primitive_bitwidth
+        stream = tl.multiple_of(stream, side_by_side if side_by_side < 16 else 16)
+    return stream
 
 
 @triton.jit
-def load_grad(word, i, mask, dtype, T: tl.constexpr):
-    """Elements of a gradient, which is of any dtype."""
-    if dtype == FLOAT64:
-        g = load(word, i, mask, tl.float64, T)
-    elif dtype == BFLOAT16:
-        bits = load(word, i, mask, tl.uint16, tl.uint32)  # exact everywhere: denormals, too
-        g = (bits << 16).to(tl.float32, bitcast=True).to(T)
-    elif dtype == FLOAT16:
-        g = load(word, i, mask, tl.float16, T)
+def load(word, i, mask, STORED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements ``i`` of the stream at the address ``word``, as values."""
+    return tl.load(pointer(word, STORED, T, WIDE) + i, mask=mask).to(T)
+
+
+@triton.jit
+def store(word, i, values, mask, STORED: tl.constexpr, WIDE: tl.constexpr):
+    """Likewise."""
+    T: tl.constexpr = values.dtype
+    tl.store(pointer(word, STORED, T, WIDE) + i, values.to(STORED), mask=mask)
+
+
+@triton.jit
+def load_grad(word, i, mask, dtype, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of a gradient, which is of any dtype. WIDE: 16 bytes an access where it lies so."""
+    if WIDE:
+        if (word & 15) == 0:
+            g = load_any(word, i, mask, dtype, T, True)
+        else:
+            g = load_any(word, i, mask, dtype, T, False)
     else:
-        g = load(word, i, mask, tl.float32, T)
+        g = load_any(word, i, mask, dtype, T, False)
     return g
 
 
 @triton.jit
-def store(word, i, values, mask, STORED: tl.constexpr):
-    """Likewise."""
-    stream = word.to(tl.pointer_type(STORED))
-    values = values.to(STORED)
-    if (word & 15) == 0:
-        tl.store(tl.multiple_of(stream, 16) + i, values, mask=mask)
+def load_any(word, i, mask, dtype, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of any dtype."""
+    if dtype == FLOAT64:
+        g = load(word, i, mask, tl.float64, T, WIDE)
+    elif dtype == BFLOAT16:
+        # By hand, which is exact everywhere: denormals, too.
+        bits = tl.load(pointer(word, tl.uint16, T, WIDE) + i, mask=mask).to(tl.uint32)
+        g = (bits << 16).to(tl.float32, bitcast=True).to(T)
+    elif dtype == FLOAT16:
+        g = load(word, i, mask, tl.float16, T, WIDE)
     else:
-        tl.store(stream + i, values, mask=mask)
+        g = load(word, i, mask, tl.float32, T, WIDE)
+    return g
 
 
 @triton.jit
@@ -325,37 +343,47 @@ def coefficients_at(words, T: tl.constexpr):
     )
 
 
+class Step(NamedTuple):
+    """What a tensor's step is: its scalars, and what applies."""
+
+    c: Any
+    l2: Any
+    rectified: Any
+    sync: Any
+    grad_dtype: Any
+
+
 @triton.jit
 def radam_block(
     words,
     i,
     mask,
-    c,
-    l2,
-    rectified,
-    sync,
-    grad_dtype,
+    step,
     T: tl.constexpr,
     PARAM_T: tl.constexpr,
     EXP_AVG_T: tl.constexpr,
     EXP_AVG_SQ_T: tl.constexpr,
     SLOW_T: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """The fused step of elements ``i`` of each stream: all are loaded before one is stored."""
-    p = load(words.p, i.p, mask, PARAM_T, T)
-    g = load_grad(words.g, i.g, mask, grad_dtype, T)
-    m = load(words.m, i.m, mask, EXP_AVG_T, T)
-    v = load(words.v, i.v, mask, EXP_AVG_SQ_T, T)
+    """The fused step of elements ``i`` of each stream: all are loaded before one is stored.
+
+    WIDE: all but the gradient lie at multiples of 16, and nothing is masked.
+    """
+    p = load(words.p, i.p, mask, PARAM_T, T, WIDE)
+    g = load_grad(words.g, i.g, mask, step.grad_dtype, T, WIDE)
+    m = load(words.m, i.m, mask, EXP_AVG_T, T, WIDE)
+    v = load(words.v, i.v, mask, EXP_AVG_SQ_T, T, WIDE)
     slow = p
-    if sync:
-        slow = load(words.slow, i.slow, mask, SLOW_T, T)
-    p, m, v = radam(p, g, m, v, c, l2, rectified)
-    if sync:
-        p = lookahead(p, slow, c.alpha)
-        store(words.slow, i.slow, p, mask, SLOW_T)
-    store(words.p, i.p, p, mask, PARAM_T)
-    store(words.m, i.m, m, mask, EXP_AVG_T)
-    store(words.v, i.v, v, mask, EXP_AVG_SQ_T)
+    if step.sync:
+        slow = load(words.slow, i.slow, mask, SLOW_T, T, WIDE)
+    p, m, v = radam(p, g, m, v, step.c, step.l2, step.rectified)
+    if step.sync:
+        p = lookahead(p, slow, step.c.alpha)
+        store(words.slow, i.slow, p, mask, SLOW_T, WIDE)
+    store(words.p, i.p, p, mask, PARAM_T, WIDE)
+    store(words.m, i.m, m, mask, EXP_AVG_T, WIDE)
+    store(words.v, i.v, v, mask, EXP_AVG_SQ_T, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -380,11 +408,13 @@ def radam_kernel(
     if (flags & ACTIVE) != 0:
         record = rows + row * ROW_WORDS
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
-        rectified = (flags & RECTIFIED) != 0
-        l2 = (flags & L2) != 0
-        sync = (flags & SYNC) != 0
-        c = coefficients_at(slot + COEFFICIENTS, T)
-        grad_dtype = tl.load(record + GROUP) >> 48
+        step = Step(
+            c=coefficients_at(slot + COEFFICIENTS, T),
+            l2=(flags & L2) != 0,
+            rectified=(flags & RECTIFIED) != 0,
+            sync=(flags & SYNC) != 0,
+            grad_dtype=tl.load(record + GROUP) >> 48,
+        )
         words = Streams(
             p=tl.load(record + PARAM),
             g=tl.load(slot + GRADIENT),
@@ -404,60 +434,38 @@ def radam_kernel(
                     v=strided_offset(layout, EXP_AVG_SQ, index),
                     slow=strided_offset(layout, SLOW_PARAM, index),
                 )
+                mask = start + lanes < count
                 radam_block(
-                    words,
-                    i,
-                    start + lanes < count,
-                    c,
-                    l2,
-                    rectified,
-                    sync,
-                    grad_dtype,
-                    T,
-                    PARAM_T,
-                    EXP_AVG_T,
-                    EXP_AVG_SQ_T,
-                    SLOW_T,
+                    words, i, mask, step, T, PARAM_T, EXP_AVG_T, EXP_AVG_SQ_T, SLOW_T, False
                 )
         else:
             # What is left over goes in blocks of another length: the compiler gives all loads of a
             # length the same layout, and neighbours in one thread would leave gaps between threads.
-            whole = count // BLOCK * BLOCK
+            # So does everything where a stream that is written does not lie at a multiple of 16.
+            written = words.p | words.m | words.v | words.slow
+            whole = tl.where((written & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
+                everywhere = Streams(i, i, i, i, i)
                 radam_block(
-                    words,
-                    Streams(i, i, i, i, i),
-                    None,
-                    c,
-                    l2,
-                    rectified,
-                    sync,
-                    grad_dtype,
-                    T,
-                    PARAM_T,
-                    EXP_AVG_T,
-                    EXP_AVG_SQ_T,
-                    SLOW_T,
+                    words, everywhere, None, step, T, PARAM_T, EXP_AVG_T, EXP_AVG_SQ_T, SLOW_T, True
                 )
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
                 mask = start + rest < count
+                everywhere = Streams(i, i, i, i, i)
                 radam_block(
                     words,
-                    Streams(i, i, i, i, i),
+                    everywhere,
                     mask,
-                    c,
-                    l2,
-                    rectified,
-                    sync,
-                    grad_dtype,
+                    step,
                     T,
                     PARAM_T,
                     EXP_AVG_T,
                     EXP_AVG_SQ_T,
                     SLOW_T,
+                    False,
                 )
 
 
@@ -473,19 +481,20 @@ def slow_block(
     T: tl.constexpr,
     PARAM_T: tl.constexpr,
     SLOW_T: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Parameters and slow weights change places, bits and not values, or are interpolated."""
     if SWAP:
-        p = load(p_word, i_p, mask, PARAM_T, PARAM_T)
-        slow = load(slow_word, i_slow, mask, PARAM_T, PARAM_T)
-        store(p_word, i_p, slow, mask, PARAM_T)
-        store(slow_word, i_slow, p, mask, PARAM_T)
+        p = load(p_word, i_p, mask, PARAM_T, PARAM_T, WIDE)
+        slow = load(slow_word, i_slow, mask, PARAM_T, PARAM_T, WIDE)
+        store(p_word, i_p, slow, mask, PARAM_T, WIDE)
+        store(slow_word, i_slow, p, mask, PARAM_T, WIDE)
     else:
-        p = load(p_word, i_p, mask, PARAM_T, T)
-        slow = load(slow_word, i_slow, mask, SLOW_T, T)
+        p = load(p_word, i_p, mask, PARAM_T, T, WIDE)
+        slow = load(slow_word, i_slow, mask, SLOW_T, T, WIDE)
         slow = lookahead(p, slow, alpha)
-        store(p_word, i_p, slow, mask, PARAM_T)
-        store(slow_word, i_slow, slow, mask, SLOW_T)
+        store(p_word, i_p, slow, mask, PARAM_T, WIDE)
+        store(slow_word, i_slow, slow, mask, SLOW_T, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -518,15 +527,15 @@ def slow_kernel(
             for start in range(0, count, BLOCK):
                 i_p = strided_offset(layout, PARAM, begin + start + lanes)
                 i_slow = strided_offset(layout, SLOW_PARAM, begin + start + lanes)
-                slow_block(
-                    p, slow, i_p, i_slow, start + lanes < count, alpha, SWAP, T, PARAM_T, SLOW_T
-                )
+                mask = start + lanes < count
+                slow_block(p, slow, i_p, i_slow, mask, alpha, SWAP, T, PARAM_T, SLOW_T, False)
         else:
-            whole = count // BLOCK * BLOCK
+            whole = tl.where(((p | slow) & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 i = begin + start + tl.arange(0, BLOCK)
-                slow_block(p, slow, i, i, None, alpha, SWAP, T, PARAM_T, SLOW_T)
+                slow_block(p, slow, i, i, None, alpha, SWAP, T, PARAM_T, SLOW_T, True)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
-                slow_block(p, slow, i, i, start + rest < count, alpha, SWAP, T, PARAM_T, SLOW_T)
+                mask = start + rest < count
+                slow_block(p, slow, i, i, mask, alpha, SWAP, T, PARAM_T, SLOW_T, False)
