@@ -136,12 +136,28 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, u
 // --- the device and the driver
 // ---------------------------------------------------------------------
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+// The driver's functions: one device, whose context is current to a thread while it is needed.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned int,
+                                             unsigned long long, cudaDriverEntryPointQueryResult*) {
+  static int device_context = 0;
+  static thread_local void* current = nullptr;
+  static const std::map<std::string, void*> functions = {
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(+[](void** context) {
+         *context = current;
+         return 0;
+       })},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(+[](void* context) {
+         current = context;
+         return 0;
+       })},
+      {"cuCtxGetDevice", reinterpret_cast<void*>(+[](int* device) { return *device = 0; })},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(+[](void** context, int) {
+         *context = &device_context;
+         return 0;
+       })},
+      {"cuDevicePrimaryCtxRelease", reinterpret_cast<void*>(+[](int) { return 0; })}};
+  *function = functions.at(name);
   return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : last_error = cudaErrorInvalidDevice;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;

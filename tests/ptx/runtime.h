@@ -62,6 +62,16 @@ void put(Register& bits, T value) {
 
 // --- operations --------------------------------------------------------------------------------
 
+// The value of a float16: exact.
+inline f32 from_half(b16 bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const f32 size = exponent == 0   ? std::ldexp(f32(fraction), -24)
+                   : exponent < 31 ? std::ldexp(f32(1024 + fraction), exponent - 25)
+                   : fraction == 0 ? f32(INFINITY)
+                                   : f32(NAN);
+  return bits >> 15 ? -size : size;
+}
+
 // An operation on both floats of a register.
 template <class Operation>
 b64 pairwise(b64 a, b64 b, Operation apply) {
