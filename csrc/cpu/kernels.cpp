@@ -6,18 +6,19 @@
 namespace ranger::cpu {
 namespace {
 
-// `kL2`, `kRectified` and `kSync` are the same for a whole chunk: as template parameters they leave
-// the loop without a branch, which is what lets it vectorise.
-template <typename T, bool kL2, bool kRectified, bool kSync>
+// `kSync` as a template parameter leaves the loop without `slow` where there is none to read. What
+// else is the same for a whole chunk the compiler takes out of the loop, which then vectorises.
+template <typename T, bool kSync>
 void radam_loop(const RadamArgs<T>& args) {
   const Coefficients<T> c = args.c;
+  const bool l2 = c.weight_decay != T(0), rectified = args.rectified;
   T* __restrict__ p = args.p;
   const T* __restrict__ g = args.g;
   T* __restrict__ m = args.m;
   T* __restrict__ v = args.v;
   T* __restrict__ slow = args.slow;
   for (int64_t i = 0; i < args.count; ++i) {
-    Element<T> x = ranger::radam(Element<T>{p[i], m[i], v[i]}, g[i], c, kL2, kRectified);
+    Element<T> x = ranger::radam(Element<T>{p[i], m[i], v[i]}, g[i], c, l2, rectified);
     if (kSync) x.p = slow[i] = ranger::lookahead(x.p, slow[i], c.alpha);
     p[i] = x.p;
     m[i] = x.m;
@@ -27,13 +28,7 @@ void radam_loop(const RadamArgs<T>& args) {
 
 template <typename T>
 void radam_chunk(const RadamArgs<T>& args) {
-  using Loop = void (*)(const RadamArgs<T>&);
-  static constexpr Loop kLoops[2][2][2] = {
-      {{radam_loop<T, false, false, false>, radam_loop<T, false, false, true>},
-       {radam_loop<T, false, true, false>, radam_loop<T, false, true, true>}},
-      {{radam_loop<T, true, false, false>, radam_loop<T, true, false, true>},
-       {radam_loop<T, true, true, false>, radam_loop<T, true, true, true>}}};
-  kLoops[args.c.weight_decay != T(0)][args.rectified][args.sync](args);
+  args.sync ? radam_loop<T, true>(args) : radam_loop<T, false>(args);
 }
 
 template <typename T>
