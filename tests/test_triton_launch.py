@@ -613,9 +613,9 @@ def test_a_missing_or_old_triton_says_what_to_install(monkeypatch):
 def test_devices_that_triton_cannot_serve_here_say_why(monkeypatch):
     try:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton keeps what an attribute is set to
         assert "TRITON_INTERPRET" in triton_obstacle().fix
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        monkeypatch.delenv("TRITON_INTERPRET")
         monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
         monkeypatch.setattr(torch.xpu, "get_device_name", lambda: "Arc", raising=False)
         small = SimpleNamespace(has_fp64=False)
