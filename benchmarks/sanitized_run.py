@@ -197,7 +197,7 @@ def signals(target: Target) -> None:
             del optimizer.grad_scale, optimizer.found_inf
     assert_same(*optimizers, ours, expected, "after the steps")
     steps = {float(state["step"]) for state in optimizers[0].state.values()}
-    assert steps == {5.0}, f"the overflown step was not skipped: {steps}"
+    assert steps == {5.0}, f"the overflowed step was not skipped: {steps}"
 
 
 def graph(target: Target) -> None:

@@ -81,7 +81,7 @@ void require_threads(int num_threads) {
   }
 }
 
-// What the CPU's launcher is told of a step.
+// A step's arguments, as the CPU's launcher takes them.
 struct CpuStep {
   CpuStep(const py::bytes& hypers, double unscale, double norm, int num_threads)
       : groups(to_groups(hypers)), signals{unscale, norm}, num_threads(num_threads) {
@@ -95,19 +95,19 @@ struct CpuStep {
 
 void launch_on_cpu(CpuLauncher& launcher, Roster& roster, const py::bytes& hypers, double unscale,
                    double norm, int num_threads) {
-  const CpuStep told(hypers, unscale, norm, num_threads);
-  launcher.launch(roster, told.groups.size(), [&](cpu::Launcher& its) {
-    its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+  const CpuStep step(hypers, unscale, norm, num_threads);
+  launcher.launch(roster, step.groups.size(), [&](cpu::Launcher& its) {
+    its.launch(roster.rows(), step.groups, step.signals, step.num_threads);
   });
 }
 
 py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& param_groups,
                      const py::dict& state, const py::object& moved, const py::bytes& hypers,
                      double unscale, double norm, int num_threads) {
-  const CpuStep told(hypers, unscale, norm, num_threads);
-  return launcher.step(roster, param_groups, state, moved, told.groups.size(),
+  const CpuStep step(hypers, unscale, norm, num_threads);
+  return launcher.step(roster, param_groups, state, moved, step.groups.size(),
                        [&](cpu::Launcher& its) {
-                         its.launch(roster.rows(), told.groups, told.signals, told.num_threads);
+                         its.launch(roster.rows(), step.groups, step.signals, step.num_threads);
                        });
 }
 
@@ -116,7 +116,7 @@ void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
   launcher.swap(roster, [&](cpu::Launcher& its) { its.swap(roster.rows(), num_threads); });
 }
 
-// What a CUDA device's launcher is told of a step.
+// A step's arguments, as a CUDA device's launcher takes them.
 struct CudaStep {
   CudaStep(const py::bytes& hypers, const py::tuple& fields, const Roster& roster, int32_t device)
       : groups(to_groups(hypers)),
@@ -130,19 +130,19 @@ struct CudaStep {
 
 void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::bytes& hypers,
                     const py::tuple& signals) {
-  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
-  launcher.launch(roster, told.groups.size(), [&](cuda::Launcher& its) {
-    its.launch(roster.rows(), told.groups, told.signals, told.stream);
+  const CudaStep step(hypers, signals, roster, launcher.launcher().device());
+  launcher.launch(roster, step.groups.size(), [&](cuda::Launcher& its) {
+    its.launch(roster.rows(), step.groups, step.signals, step.stream);
   });
 }
 
 py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence& param_groups,
                       const py::dict& state, const py::object& moved, const py::bytes& hypers,
                       const py::tuple& signals) {
-  const CudaStep told(hypers, signals, roster, launcher.launcher().device());
-  return launcher.step(roster, param_groups, state, moved, told.groups.size(),
+  const CudaStep step(hypers, signals, roster, launcher.launcher().device());
+  return launcher.step(roster, param_groups, state, moved, step.groups.size(),
                        [&](cuda::Launcher& its) {
-                         its.launch(roster.rows(), told.groups, told.signals, told.stream);
+                         its.launch(roster.rows(), step.groups, step.signals, step.stream);
                        });
 }
 
@@ -158,18 +158,18 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
 // are empty where all streams are consecutive.
 py::list rows_of(const Roster& roster, int32_t launcher) {
   static const Layout kNone;
-  py::list told;
+  py::list rows;
   for (const TensorRow& row : roster.rows().rows) {
     if (row.launcher != launcher) continue;
     std::vector<uintptr_t> addresses;
     for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
     addresses[kGrad] = 0;
     const Layout& layout = row.layout ? *row.layout : kNone;
-    told.append(py::make_tuple(
+    rows.append(py::make_tuple(
         row.numel, info_of(row.format).name, static_cast<int>(row.grad_dtype), row.group,
         reinterpret_cast<uintptr_t>(row.step), layout.sizes, addresses, layout.strides));
   }
-  return told;
+  return rows;
 }
 
 // Writes to `out`, an array of int64, of the same rows the addresses of their gradients: 0 where

@@ -1,6 +1,6 @@
 // How a parameter and its state are stored, around a rule that sees float32 or float64 values only.
-// A row of RANGER_FORMATS is all that a format is: kernels, launches, checks and what Python is
-// told are made of the table. ranger_cuda/formats.py has the same rows.
+// A row of RANGER_FORMATS is all that a format is: kernels, launches, checks and what Python
+// reads are made of the table. ranger_cuda/formats.py has the same rows.
 #pragma once
 
 #include <cstdint>

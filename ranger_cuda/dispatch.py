@@ -22,7 +22,7 @@ from .backends.reference import Row
 from .formats import Format
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
-from .native import Groups, Native, State, Told
+from .native import Groups, Native, State, StepInputs
 from .scaling import NO_SCALING, Scaling
 from .schedule import grad_scale
 from .tensors import (
@@ -67,7 +67,7 @@ def is_at_rest(group: dict[str, Any]) -> bool:
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
 
 
-class Rule(NamedTuple):
+class Algorithm(NamedTuple):
     """What a backend does with a parameter that moves."""
 
     name: str  # of ranger_cuda._C.Rule
@@ -84,9 +84,9 @@ class Rule(NamedTuple):
         return exact if kept else formats.of(param.dtype, "nearest")
 
 
-RADAM = Rule("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
-RANGER = Rule("RADAM", "step", ("exp_avg", "exp_avg_sq", "slow_param"), reference.radam_step)
-LOOKAHEAD = Rule(
+RADAM = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
+RANGER = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", "slow_param"), reference.radam_step)
+LOOKAHEAD = Algorithm(
     "LOOKAHEAD", "lookahead_step", (None, None, "slow_param"), reference.lookahead_step
 )
 
@@ -96,13 +96,13 @@ class _Step:
 
     def __init__(
         self,
-        rule: Rule,
+        algorithm: Algorithm,
         param_groups: Groups,
         state: State,
         moved: list[bool] | None,
         unmoved: set[Tensor],
     ) -> None:
-        self.rule = rule
+        self.algorithm = algorithm
         self.param_groups = param_groups
         self.state = state
         self.moved = moved
@@ -143,14 +143,16 @@ class _Step:
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
             known.pop("slow_param", None)
-        format = self.rule.format_of(param, self.param_groups[group], self.state.get(param, {}))
-        for key in (self.rule.step_name, *(part.name for part in format.param.rest)):
+        format = self.algorithm.format_of(
+            param, self.param_groups[group], self.state.get(param, {})
+        )
+        for key in (self.algorithm.step_name, *(part.name for part in format.param.rest)):
             check_allocated(known.get(key), f"state {key!r} of {name}")
         # Before it moves: on a device nobody looks at it.
-        count = known.get(self.rule.step_name, 0)
+        count = known.get(self.algorithm.step_name, 0)
         if not on_accelerator(count) and not is_count(count):
             raise RuntimeError(
-                f"state {self.rule.step_name!r} of {name} is {count}, but it counts steps: a "
+                f"state {self.algorithm.step_name!r} of {name} is {count}, but it counts steps: a "
                 "whole number, at least 0"
             )
         with torch.inference_mode(False):  # state made in it could not be written outside
@@ -160,7 +162,7 @@ class _Step:
                 f"the state of {name} is not complete yet, and made now it would be made anew at "
                 "every replay of the graph: take a step with lr above 0 before the capture"
             )
-        check_state(param, {**known, **missing}, format.parts(self.rule.streams), name)
+        check_state(param, {**known, **missing}, format.parts(self.algorithm.streams), name)
         if missing:
             self.missing[param] = missing
         if "slow_param" in missing and is_at_rest(self.param_groups[group]):
@@ -172,7 +174,7 @@ class _Step:
         if self.moved is None and position not in self.gradients:
             self.gradients[position] = plain_grad(param, name)
         state = self.state[param]
-        format = self.rule.format_of(param, self.param_groups[group], state)
+        format = self.algorithm.format_of(param, self.param_groups[group], state)
         return Row(param, self.gradients.get(position), state, group, format)
 
     def commit(self) -> None:
@@ -206,7 +208,7 @@ class Dispatcher:
     """Finds what moves in a step of one optimizer, checks it, and has it moved.
 
     Args:
-        rule: what moves the parameters.
+        algorithm: what moves the parameters.
         backend: what the user asked for, or None.
 
     It does not refer back to the optimizer, and between steps to no tensor but parameters that are
@@ -220,8 +222,8 @@ class Dispatcher:
 
     unmoved: set[Tensor]
 
-    def __init__(self, rule: Rule, backend: str | None) -> None:
-        self._rule = rule
+    def __init__(self, algorithm: Algorithm, backend: str | None) -> None:
+        self._algorithm = algorithm
         self._backend = backend
         self.unmoved = set()
         self._captured: list[Any] = []  # tables that graphs read, launcher or no launcher
@@ -252,9 +254,14 @@ class Dispatcher:
     def _new_native(self) -> Native | None:
         if self._backend == "reference" or isinstance(support.extension(), support.Obstacle):
             return None
-        rule = self._rule
+        algorithm = self._algorithm
         return Native(
-            rule.name, rule.streams, rule.step_name, self._backend, self._captured, self._tried
+            algorithm.name,
+            algorithm.streams,
+            algorithm.step_name,
+            self._backend,
+            self._captured,
+            self._tried,
         )
 
     def release(self) -> None:
@@ -294,8 +301,8 @@ class Dispatcher:
             if native is not None and native.is_one() and not self._to_make_anew():
                 if native.on_host():
                     check_no_capture()
-                told = Told.of(hypers, scaling, on_host=native.on_host())
-                if told is None or native.step(param_groups, state, moved, told):
+                inputs = StepInputs.of(hypers, scaling, on_host=native.on_host())
+                if inputs is None or native.step(param_groups, state, moved, inputs):
                     return
             self.collect(param_groups, state, new_state, moved)
             self.launch(hypers, scaling)
@@ -304,7 +311,9 @@ class Dispatcher:
 
     def _to_make_anew(self) -> set[Tensor]:
         """The parameters whose slow weights this step makes anew."""
-        if not self.unmoved or self._rule is LOOKAHEAD:  # which makes them before the inner step
+        if (
+            not self.unmoved or self._algorithm is LOOKAHEAD
+        ):  # which makes them before the inner step
             return set()
         return {param for param in self.unmoved if param.grad is not None}
 
@@ -318,7 +327,7 @@ class Dispatcher:
         """The first half of :meth:`step`: check, and make the state that is missing, which changes
         nothing."""
         self.release()
-        step = self._step = _Step(self._rule, param_groups, state, moved, self._to_make_anew())
+        step = self._step = _Step(self._algorithm, param_groups, state, moved, self._to_make_anew())
         rest = self._find(step)
         from_host = self._native is not None and self._native.on_host()
         if rest:
@@ -392,18 +401,20 @@ class Dispatcher:
                     step.commit()
                     self._get_ready(step, self._find(step))
                 on_host = bool(self._rows) or (native is not None and native.on_host())
-                told = Told.of(hypers, scaling, on_host=on_host)
+                inputs = StepInputs.of(hypers, scaling, on_host=on_host)
             except BaseException:  # a table or a kernel that cannot be had
                 step.undo()
                 raise
-            if told is None:
+            if inputs is None:
                 step.undo()
                 return
             if native is not None:
-                native.launch(told)
+                native.launch(inputs)
             if self._rows:
-                scales = [grad_scale(hyper, told.unscale, told.norm) for hyper in told.numbers]
-                self._rule.reference(self._rows, told.numbers, scales)
+                scales = [
+                    grad_scale(hyper, inputs.unscale, inputs.norm) for hyper in inputs.numbers
+                ]
+                self._algorithm.reference(self._rows, inputs.numbers, scales)
             if step.unmoved or step.at_rest:
                 self.unmoved = self.unmoved - step.unmoved | step.at_rest
 
@@ -441,7 +452,7 @@ class Dispatcher:
                 continue
             p, slow = pairs[param]
             its = state[param]
-            format = self._rule.format_of(param, param_groups[group], its)
+            format = self._algorithm.format_of(param, param_groups[group], its)
             rest = {
                 part.name: plain(its[part.name]) for part in format.param.rest if part.name in its
             }

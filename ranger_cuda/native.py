@@ -21,8 +21,8 @@ Groups = Sequence[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
 
 
-class Told(NamedTuple):
-    """What launchers are told of a step."""
+class StepInputs(NamedTuple):
+    """What launchers need to know of a step besides its tensors."""
 
     hypers: Sequence[Hyperparameters]  # of each group
     numbers: Sequence[Hyperparameters]  # the same, with learning rates as numbers
@@ -33,7 +33,7 @@ class Told(NamedTuple):
     @classmethod
     def of(
         cls, hypers: Sequence[Hyperparameters], scaling: Scaling, *, on_host: bool
-    ) -> Told | None:
+    ) -> StepInputs | None:
         """All of it, and None if the step is skipped. Waits for devices only if ``on_host``."""
         unscale = norm = 1.0
         if on_host:
@@ -141,7 +141,7 @@ class Native:
         return len(self.launchers) == 1 and self.launchers[0].backend != "triton"
 
     def step(
-        self, param_groups: Groups, state: State, moved: list[bool] | None, told: Told
+        self, param_groups: Groups, state: State, moved: list[bool] | None, inputs: StepInputs
     ) -> bool:
         """Find what moves and move it in a single call, which nothing interrupts, if one compiled
         launcher moves all of it. Otherwise nothing has been changed.
@@ -149,11 +149,11 @@ class Native:
         Arguments as of ``_C.Roster.collect`` and of :meth:`launch`.
         """
         ((backend, device, kernels),) = self.launchers
-        found = self.roster, param_groups, state, moved, packed(told.numbers)
+        found = self.roster, param_groups, state, moved, packed(inputs.numbers)
         if backend == "cpu":
-            rest = kernels.step(*found, told.unscale, told.norm, torch.get_num_threads())
+            rest = kernels.step(*found, inputs.unscale, inputs.norm, torch.get_num_threads())
         else:
-            rest = kernels.step(*found, Signals.of(told.hypers, told.scaling, device))
+            rest = kernels.step(*found, Signals.of(inputs.hypers, inputs.scaling, device))
         if not rest:
             increment_version(self.roster.moved())
         return not rest
@@ -169,18 +169,18 @@ class Native:
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
                 launcher.kernels.prepare(self.roster)
 
-    def launch(self, told: Told) -> None:
+    def launch(self, inputs: StepInputs) -> None:
         """Count a step for what was collected, and run the rule on it."""
         moved = self.roster.moved()
-        numbers = packed(told.numbers)
+        numbers = packed(inputs.numbers)
         # The host's last, which works while the devices do.
         in_turn = sorted(self.launchers, key=lambda launcher: launcher.backend == "cpu")
         for backend, device, kernels in in_turn:
             if backend == "cpu":
                 threads = torch.get_num_threads()
-                kernels.launch(self.roster, numbers, told.unscale, told.norm, threads)
+                kernels.launch(self.roster, numbers, inputs.unscale, inputs.norm, threads)
             else:
-                signals = Signals.of(told.hypers, told.scaling, device)
+                signals = Signals.of(inputs.hypers, inputs.scaling, device)
                 kernels.launch(self.roster, numbers, signals)
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)

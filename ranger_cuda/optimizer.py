@@ -21,7 +21,7 @@ from .checkpoint import (
     step_tensor,
 )
 from .clipping import total_norm
-from .dispatch import Dispatcher, Rule
+from .dispatch import Algorithm, Dispatcher
 from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .scaling import Scaling
@@ -41,7 +41,7 @@ class FusedOptimizer(Optimizer):
         differentiable: refused if true.
     """
 
-    _rule: Rule
+    _algorithm: Algorithm
     # Set by GradScaler for the length of a step, if amp_scaling is on. They have no value on the
     # class: GradScaler multiplies its scale by a grad_scale that is there.
     grad_scale: Tensor | None
@@ -71,7 +71,7 @@ class FusedOptimizer(Optimizer):
 
     def _prepare(self) -> None:
         # Made anew rather than copied or pickled.
-        self._dispatcher = Dispatcher(self._rule, self._options["backend"])
+        self._dispatcher = Dispatcher(self._algorithm, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())  # of what it is a copy of
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
@@ -134,7 +134,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def _has_lookahead(self) -> bool:
-        return "slow_param" in self._rule.streams
+        return "slow_param" in self._algorithm.streams
 
     def _rename(self, group: dict[str, Any]) -> None:
         if self._has_lookahead:
@@ -154,7 +154,7 @@ class FusedOptimizer(Optimizer):
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
-        for part in self._rule.format_of(param, group, state).parts(self._rule.streams):
+        for part in self._algorithm.format_of(param, group, state).parts(self._algorithm.streams):
             if part.name not in state:
                 new[part.name] = part.new(param)
         return new
@@ -200,7 +200,7 @@ class FusedOptimizer(Optimizer):
         """
         self._check_ready("load_state_dict()")
         check_kind(state_dict, dict, "it")
-        names = tuple(filter(None, self._rule.streams))
+        names = tuple(filter(None, self._algorithm.streams))
         # Registered last, so that it sees what the user's hooks made of the checkpoint.
         shield = self.register_load_state_dict_pre_hook(
             partial(shield_state, names=names, strict=strict)

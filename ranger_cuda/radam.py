@@ -48,7 +48,7 @@ class RAdam(FusedOptimizer):
             ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
             with an optimizer for each parameter, leave it None and call
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
-        amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflown
+        amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
         foreach, fused, capturable: taken so that existing calls go on to work; every step here is
             fused, and they change nothing.
@@ -65,7 +65,7 @@ class RAdam(FusedOptimizer):
         RuntimeError: the requested backend cannot run on this machine.
     """
 
-    _rule = dispatch.RADAM
+    _algorithm = dispatch.RADAM
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         RuntimeError: the requested backend cannot run on this machine.
     """
 
-    _rule = dispatch.RANGER
+    _algorithm = dispatch.RANGER
 
     def __init__(
         self,

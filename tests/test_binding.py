@@ -52,8 +52,8 @@ class Made:
         self.launcher.launch(self.roster, hypers, 1.0, 1.0, threads)
 
     def step(self, **kwargs):
-        told = {"moved": None, "hypers": HYPER, "unscale": 1.0, "norm": 1.0, "num_threads": 1}
-        return self.launcher.step(self.roster, self.groups, self.state, **{**told, **kwargs})
+        arguments = {"moved": None, "hypers": HYPER, "unscale": 1.0, "norm": 1.0, "num_threads": 1}
+        return self.launcher.step(self.roster, self.groups, self.state, **{**arguments, **kwargs})
 
 
 def ready():

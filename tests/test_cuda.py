@@ -42,21 +42,21 @@ def step_both(first, second, a, b, target, seed):
 
 @pytest.mark.parametrize("scale", [None, 1024.0, 3.0])
 @each_class
-def test_an_overflown_step_changes_nothing(device_target, cls, scale):
+def test_an_overflowed_step_changes_nothing(device_target, cls, scale):
     first, second, a, b = pair(cls, device_target, weight_decay=0.1)
     for seed in range(14):
-        overflown = seed in (0, 3, 4, 5, 11)
+        overflowed = seed in (0, 3, 4, 5, 11)
         for optimizer, device in ((first, device_target.device), (second, torch.device("cpu"))):
-            optimizer.found_inf = torch.tensor(float(overflown), device=device)
+            optimizer.found_inf = torch.tensor(float(overflowed), device=device)
             optimizer.grad_scale = None if scale is None else torch.tensor(scale, device=device)
         gradients = random_gradients(b, seed)
-        if overflown:
+        if overflowed:
             gradients[0].view(-1)[0] = float("inf")
         give_gradients(gradients, a, b, move=device_target.move)
         before = [p.detach().clone() for p in a], copy.deepcopy(first.state_dict()["state"])
         first.step()
         second.step()
-        if overflown:
+        if overflowed:
             for p, q in zip(a, before[0], strict=True):
                 assert_same_bits(p, q, "parameter")
             for key, saved in before[1].items():
@@ -322,14 +322,14 @@ def test_grad_scaler_skips_and_unscales(amp_scaling, backend):
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(torch.ones((), device="cuda"))
     for seed in range(9):
-        overflown = seed in (2, 3)
+        overflowed = seed in (2, 3)
         (gradient,) = random_gradients(b, seed)
         a[0].grad = gradient.cuda() * scaler.get_scale()
-        if overflown:
+        if overflowed:
             a[0].grad[0] = float("nan")
         scaler.step(first)
         scaler.update()
-        if not overflown:
+        if not overflowed:
             b[0].grad = gradient
             second.step()
             assert_same(first, second, a, b, f"step {seed}")

@@ -91,13 +91,17 @@ DEFECTS = {
         "kernels.h", "thread.barrier();", "", "thread", "data race|ThreadSanitizer: SEGV"
     ),
     "gradients_of_the_first_launch": Defect(
-        "kernels.h", "* kGroupWords + i]", "* kGroupWords + told.first_row + i]", "plain", ANYTHING
+        "kernels.h",
+        "* kGroupWords + i]",
+        "* kGroupWords + header.first_row + i]",
+        "plain",
+        ANYTHING,
     ),
     "gradient_of_the_next_row": Defect(
         "kernels.h", "* kGroupWords + i]", "* kGroupWords + i + 1]", "plain", ANYTHING
     ),
     "step_in_spite_of_found_inf": Defect(
-        "kernels.h", "if (grad == 0 || overflown) {", "if (grad == 0) {", "plain", DIFFERS
+        "kernels.h", "if (grad == 0 || skipped) {", "if (grad == 0) {", "plain", DIFFERS
     ),
     "sync_in_spite_of_found_inf": Defect(
         "kernels.h",
@@ -131,7 +135,7 @@ DEFECTS = {
         ANYTHING,
     ),
     "group_of_the_first_launch": Defect(
-        "kernels.h", "(row.group - told.first_group)", "row.group", "plain", ANYTHING
+        "kernels.h", "(row.group - header.first_group)", "row.group", "plain", ANYTHING
     ),
     "tier_too_small": Defect(
         "launch.cu",

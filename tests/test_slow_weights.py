@@ -10,7 +10,7 @@ import torch
 
 from helpers import assert_same_bits
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.native import Told
+from ranger_cuda.native import StepInputs
 
 
 @pytest.fixture(params=["Ranger", "Lookahead"])
@@ -224,7 +224,7 @@ def spoil_a_gradient(params, patch):
 
 
 def spoil_the_launch(params, patch):
-    patch.setattr(Told, "of", lambda *args, **kwargs: 1 / 0)
+    patch.setattr(StepInputs, "of", lambda *args, **kwargs: 1 / 0)
 
 
 @pytest.mark.parametrize("spoil", [spoil_a_gradient, spoil_the_launch])

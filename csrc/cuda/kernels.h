@@ -174,24 +174,24 @@ struct ScheduleKernel {
 
   template <class Thread>
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared&) {
-    const ScheduleHeader& told = args.header;
+    const ScheduleHeader& header = args.header;
     const int64_t i = thread.block() * kThreads + thread.index();
-    if (i >= told.row_count) return;
-    const DeviceRow& row = told.tables.rows[told.first_row + i];
-    RowScalars& scalars = told.tables.scalars[told.first_row + i];
-    const uint64_t grad = args.words[told.group_count * kGroupWords + i];
-    const bool overflown = told.found_inf.data != nullptr && told.found_inf.read() != 0.0;
-    if (grad == 0 || overflown) {
+    if (i >= header.row_count) return;
+    const DeviceRow& row = header.tables.rows[header.first_row + i];
+    RowScalars& scalars = header.tables.scalars[header.first_row + i];
+    const uint64_t grad = args.words[header.group_count * kGroupWords + i];
+    const bool skipped = header.found_inf.data != nullptr && header.found_inf.read() != 0.0;
+    if (grad == 0 || skipped) {
       scalars.flags = 0;
       return;
     }
     scalars.grad = reinterpret_cast<const void*>(grad);
     GroupArgs group;
-    std::memcpy(&group, args.words + (row.group - told.first_group) * kGroupWords, sizeof(group));
+    std::memcpy(&group, args.words + (row.group - header.first_group) * kGroupWords, sizeof(group));
     Hyperparameters hyper = group.hyper;
     if (group.lr.data != nullptr) hyper.lr = group.lr.read();
-    const double unscale = told.grad_scale.data != nullptr ? 1.0 / told.grad_scale.read() : 1.0;
-    const double norm = told.norm.data != nullptr ? told.norm.read() : 0.0;
+    const double unscale = header.grad_scale.data != nullptr ? 1.0 / header.grad_scale.read() : 1.0;
+    const double norm = header.norm.data != nullptr ? header.norm.read() : 0.0;
 
     float* const count = row.step;
     RANGER_ASSUME_GLOBAL(count);
@@ -336,8 +336,8 @@ struct RadamKernel {
 
 // --- parameters and slow weights alone -----------------------------------------------------------
 
-// `Rule` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
-template <class Param, class SlowParam, typename T, int kPackWidth, bool kStrided, class Rule>
+// `Move` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
+template <class Param, class SlowParam, typename T, int kPackWidth, bool kStrided, class Move>
 struct SlowKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
@@ -364,7 +364,7 @@ struct SlowKernel {
         const int i = first + n * kApart;
         if (i >= end) continue;
         RANGER_UNROLL()
-        for (int j = 0; j < kWidth; ++j) Rule::apply(a[n].values[j], b[n].values[j], alpha);
+        for (int j = 0; j < kWidth; ++j) Move::apply(a[n].values[j], b[n].values[j], alpha);
         p.store(i, a[n]);
         slow.store(i, b[n]);
       }
@@ -375,7 +375,7 @@ struct SlowKernel {
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared& staged) {
     const ChunkRef chunk = args.tables.chunks[thread.block()];
     stage(thread, args.tables, chunk.row, staged);
-    if (!Rule::applies(staged)) return;
+    if (!Move::applies(staged)) return;
     const DeviceRow& row = staged.row;
     const Span span = span_of(chunk, row.numel);
     const T alpha = coefficients_of<T>(staged.scalars).alpha;

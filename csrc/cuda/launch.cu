@@ -132,8 +132,8 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
       uint64_t* word = args.words;
       for (int32_t i = 0; i < launch.group_count; ++i, word += kGroupWords) {
         const int32_t group = launch.first_group + i;
-        const GroupArgs told = {hypers[group], signals.lr[group]};
-        std::memcpy(word, &told, sizeof(told));
+        const GroupArgs group_args = {hypers[group], signals.lr[group]};
+        std::memcpy(word, &group_args, sizeof(group_args));
       }
       for (int32_t i = 0; i < launch.row_count; ++i) {
         const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];

@@ -82,7 +82,7 @@ struct GroupArgs {
   DeviceScalar lr;  // in place of hyper.lr, if there is one
 };
 
-// What the schedule kernel is told of consecutive rows. Gradients move from step to step, so their
+// Arguments of the schedule kernel for consecutive rows. Gradients move from step to step, so their
 // addresses travel with the launch: nothing is copied, and a captured graph holds nothing that can
 // go stale. A launch pays for all of its arguments' bytes, so there are tiers: 512 bytes; the 4 KiB
 // that every driver takes; and up to the 32,764 bytes of CUDA 12.1 and driver R530 on.

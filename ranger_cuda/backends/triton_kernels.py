@@ -23,7 +23,7 @@ ROW_WORDS = tl.constexpr(9)
 SCALAR_WORDS, GRADIENT, COEFFICIENTS = tl.constexpr(12), tl.constexpr(1), tl.constexpr(2)
 ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8))
 
-# What a step is told, in words: the address of each tensor's gradient; then those of three numbers
+# The inputs of a step, in words: the address of each tensor's gradient; then those of three numbers
 # on the device (0: there is none), each with whether it is float64; then for each group its
 # Hyperparameters and a learning rate on the device.
 GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 6))
@@ -137,16 +137,16 @@ def ipow(base, exponent):
 
 
 @triton.jit(do_not_specialize=["count"])
-def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
+def schedule_kernel(rows, scalars, inputs, count, BLOCK: tl.constexpr):
     """Count a step for each tensor that moves, and find its scalars (``csrc/schedule.h``).
 
     A gradient's address is 1 where the rule reads none, and 0 where the tensor rests.
     """
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = row < count
-    grad = tl.load(told + row, mask=inside, other=0)
+    grad = tl.load(inputs + row, mask=inside, other=0)
     active = inside & (grad != 0)
-    signals = told + count + row * 0
+    signals = inputs + count + row * 0
     zero = tl.full([BLOCK], 0.0, tl.float64)
     one = zero + 1.0
     active = active & (number_at(signals + FOUND_INF, zero, active) == 0.0)
@@ -157,7 +157,7 @@ def schedule_kernel(rows, scalars, told, count, BLOCK: tl.constexpr):
     step = tl.load(counter, mask=active, other=0.0).to(tl.int64) + 1
     group_and_type = tl.load(record + GROUP, mask=inside, other=0)
     is_float64 = ((group_and_type >> 32) & 0xFFFF) != 0
-    group = told + count + SIGNAL_WORDS + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
+    group = inputs + count + SIGNAL_WORDS + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
 
     lr = number_at(group + GROUP_LR, float64_at(group + LR, active), active)
     beta1 = float64_at(group + BETA1, active)

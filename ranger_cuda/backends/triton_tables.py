@@ -1,7 +1,7 @@
 """What the Triton kernels read on a device, and their launches.
 
 The tables are those of ``csrc/cuda/tables.h``, made with NumPy. All that stays from step to step is
-on the device; a step uploads what it is told, if that differs, and launches.
+on the device; a step uploads its inputs, if they differ, and launches.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Tables(NamedTuple):
     records: Tensor
     scalars: Tensor
     chunks: Tensor
-    told: Tensor
+    inputs: Tensor
 
 
 class DeviceTables:
@@ -124,10 +124,10 @@ class DeviceTables:
         firsts = np.concatenate([[0], np.cumsum(chunks)])
         table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
         kernels = load_kernels()
-        words_told = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
-        told = np.zeros(len(rows) + words_told, dtype=np.int64)
+        input_words = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
+        inputs = np.zeros(len(rows) + input_words, dtype=np.int64)
         scalars = np.zeros((len(rows), kernels.SCALAR_WORDS.value), dtype=np.int64)
-        arrays = (records, scalars, table, told)
+        arrays = (records, scalars, table, inputs)
         self._tables = Tables(*(self._to_device(array) for array in arrays))
         self.launches = []
         for kind in dict.fromkeys(kinds):
@@ -136,7 +136,7 @@ class DeviceTables:
             if end > begin:
                 self.launches.append(Launch(FORMATS[kind[0]], kind[1], begin, end - begin))
         self.gradients = np.zeros(len(rows), dtype=np.int64)  # addresses, in the order of ``rows``
-        self._told = told
+        self._last_inputs = inputs
         self._host: Tensor | None = None
         self._capturing = False
         self._try_out(tried)
@@ -163,13 +163,13 @@ class DeviceTables:
                     tried.add(kind)
 
     def reserve(self, *, capturing: bool) -> None:
-        """Get ready for a launch: the host's memory for what it is told, so that it allocates none.
+        """Get ready for a launch: the host's memory for its inputs, so that it allocates none.
 
         Fresh each time: the last one may still be on its way to the device.
         """
         self._capturing = capturing
         pinned = self.device.type != "cpu"
-        size = len(self._tables.told)
+        size = len(self._tables.inputs)
         self._host = (
             None
             if capturing
@@ -180,9 +180,9 @@ class DeviceTables:
         """Count a step of what moves, and run the rule on it. Nothing waits for the device.
 
         Args:
-            words: what the schedule kernel is told besides the addresses in ``gradients``.
+            words: the schedule kernel's inputs besides the addresses in ``gradients``.
         """
-        tables = self._tables._replace(told=self._tell(words))
+        tables = self._tables._replace(inputs=self._upload(words))
         self._count_steps(tables, len(self._order))
         for launch in self.launches:
             self._run_rule(launch, tables)
@@ -202,26 +202,26 @@ class DeviceTables:
             for table in (*self._tables, self.layouts):
                 table.record_stream(stream)
 
-    def _tell(self, words: Sequence[int]) -> Tensor:
+    def _upload(self, words: Sequence[int]) -> Tensor:
         """The gradients' addresses, and these words, on the device.
 
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
         host, self._host = self._host, None
-        told = np.concatenate([self.gradients[self._order], np.array(words, dtype=np.int64)])
+        inputs = np.concatenate([self.gradients[self._order], np.array(words, dtype=np.int64)])
         if host is None:
-            return write_words(told.tolist(), self.device)
-        if not np.array_equal(self._told, told):
-            host.numpy()[:] = self._told = told
-            self._tables.told.copy_(host, non_blocking=True)
-        return self._tables.told
+            return write_words(inputs.tolist(), self.device)
+        if not np.array_equal(self._last_inputs, inputs):
+            host.numpy()[:] = self._last_inputs = inputs
+            self._tables.inputs.copy_(host, non_blocking=True)
+        return self._tables.inputs
 
     def _count_steps(self, tables: Tables, count: int) -> None:
         grid = (-(-count // SCHEDULE_BLOCK) or 1,)
         load_kernels().schedule_kernel[grid](
             tables.records,
             tables.scalars,
-            tables.told,
+            tables.inputs,
             count,
             BLOCK=SCHEDULE_BLOCK,
             enable_fp_fusion=False,
@@ -278,7 +278,7 @@ def number_words(number: Tensor | None) -> list[int]:
 
 
 def signal_words(signals: Signals) -> list[int]:
-    """What a device's kernels read there, as the schedule kernel is told."""
+    """What a device's kernels read there, as the schedule kernel takes it."""
     return [
         *number_words(signals.grad_scale),
         *number_words(signals.found_inf),
