@@ -251,7 +251,7 @@ def verified(name: str, device: torch.device) -> str:
     reasons: list[str] = []
     for backend in ("cuda", "triton") if device.type == "cuda" else (device.type,):
         row: dict[str, Any] = {}
-        if backend == "triton" and ranger_cuda.support.obstacle(backend):
+        if backend == "triton" and ranger_cuda.backends.support.obstacle(backend):
             continue  # its row of the table says so
 
         def check(backend: str = backend) -> None:

@@ -30,7 +30,7 @@ from torch.nn import Parameter
 import ranger_cuda
 from contestants import RANGER_BYTES
 from gpu_device import attempt, capture, copy_bandwidth, free_memory, gpu_state, stopwatch
-from ranger_cuda import support
+from ranger_cuda.backends import support
 from result_file import save
 from step_time import CYCLE, environment, verify
 from workloads import PLACED, WORKLOADS, Placed, random_tensors

@@ -1,4 +1,4 @@
-"""Types of the compiled extension; see csrc/bindings.cpp."""
+"""Types of the compiled extension; see csrc/binding/bindings.cpp."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum

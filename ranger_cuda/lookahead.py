@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import checkpoint, dispatch, formats, hyperparameters, support
-from .checkpoint import is_step_tensor, step_tensor
-from .dispatch import Dispatcher, is_at_rest, members
-from .hyperparameters import Hyperparameters
-from .interrupts import Deferred
-from .optimizer import FusedOptimizer
-from .slow_weights import SlowWeights
-from .tensors import check_param, is_capturing
-
-# Of the function that torch makes of every class's step(), which runs the hooks.
-HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
+from .backends import support
+from .state import checkpoint, formats, hyperparameters
+from .state.checkpoint import is_step_tensor, step_tensor
+from .state.hyperparameters import Hyperparameters
+from .state.tensors import check_param, is_capturing
+from .step.algorithms import LOOKAHEAD, is_at_rest, members
+from .step.dispatch import Dispatcher
+from .step.inner_step import InnerStep
+from .step.interrupts import Deferred
+from .step.optimizer import FusedOptimizer
+from .step.slow_weights import SlowWeights
 
 
 class Lookahead(SlowWeights, Optimizer):
@@ -95,7 +95,7 @@ class Lookahead(SlowWeights, Optimizer):
         known = dict(state["optimizer"].defaults)
         super().__setstate__(state)  # the hooks, and the patch of step()
         state["optimizer"].defaults = known  # torch adds "differentiable" to any
-        self._dispatcher = Dispatcher(dispatch.LOOKAHEAD, self._options["backend"])
+        self._dispatcher = Dispatcher(LOOKAHEAD, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())
         self._complete_groups()
 
@@ -332,7 +332,7 @@ class Lookahead(SlowWeights, Optimizer):
             with checkpoint.naming(i):
                 groups.append({**known, **hyperparameters.with_whole_period(saved)})
                 self._check_group(groups[-1])
-        inner, ours = split_state(state_dict["state"], params, strict)
+        inner, ours = checkpoint.split_state(state_dict["state"], params, strict)
         restored = {
             param: checkpoint.restore_state(param, ours[key])
             for key, param in params.items()
@@ -378,90 +378,10 @@ class Cycle(NamedTuple):
     first: dict[Tensor, Tensor]  # the slow weights of parameters that have none
 
 
-class InnerStep:
-    """An optimizer's step with its own hooks, but without those that are registered for every
-    optimizer, which run around the step of the one that wraps it.
-
-    A step that is somebody's own, and not torch's wrapper of a class's, is called as it is.
-    """
-
-    def __init__(self, optimizer: Optimizer, arguments: tuple[Any, ...]) -> None:
-        self._optimizer = optimizer
-        self._call: Any = optimizer.step
-        self._arguments = arguments
-        self._keywords: dict[str, Any] = {}
-        own: Any = getattr(self._call, "__wrapped__", None)  # by a scheduler, which counts calls
-        is_scheduler_s = "_wrapped_by_lr_sched" in getattr(self._call, "__dict__", {})
-        if is_scheduler_s and getattr(own, "__code__", None) is HOOKED:
-            optimizer._opt_called = True  # type: ignore[attr-defined]
-        else:
-            own = getattr(self._call, "__func__", None)
-        self._function: Any = None
-        if getattr(own, "__code__", None) is HOOKED:
-            self._function = own.__wrapped__
-
-    @property
-    def has_closure(self) -> bool:
-        """Whether the step may make gradients."""
-        return any(value is not None for value in (*self._arguments, *self._keywords.values()))
-
-    def run_pre_hooks(self) -> None:
-        """Before the step."""
-        if self._function is None:
-            return
-        for hook in self._optimizer._optimizer_step_pre_hooks.values():
-            changed = hook(self._optimizer, (self._optimizer, *self._arguments), self._keywords)
-            if changed is not None:
-                (_, *arguments), self._keywords = changed
-                self._arguments = tuple(arguments)
-
-    def run(self) -> Any:
-        """The step."""
-        if self._function is None:
-            return self._call(*self._arguments)
-        return self._function(self._optimizer, *self._arguments, **self._keywords)
-
-    def run_post_hooks(self) -> None:
-        """After it."""
-        if self._function is None:
-            return
-        for hook in self._optimizer._optimizer_step_post_hooks.values():
-            hook(self._optimizer, (self._optimizer, *self._arguments), self._keywords)
-
-
 def _zero_redundancy_optimizer() -> Any:
     """The class, or () where nobody can have an instance of it."""
     module = sys.modules.get("torch.distributed.optim")
     return getattr(module, "ZeroRedundancyOptimizer", ())
-
-
-def split_state(
-    state: dict[Any, Any], params: dict[Any, Tensor], strict: bool
-) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
-    """A checkpoint's state as the inner optimizer's and Lookahead's, which is checked."""
-    inner, ours, foreign = {}, {}, []
-    for key, value in state.items():
-        if isinstance(value, dict):
-            mine = {name: value[name] for name in checkpoint.LOOKAHEAD if name in value}
-            if mine and key not in params:
-                foreign.append(f"the state of {key!r}, which no group names")
-                continue
-            if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
-                mine.setdefault("lookahead_step", value["step"])
-            for name, item in mine.items():
-                checkpoint.check_value(name, item, params[key], key)
-            others = [name for name in value if name not in mine and is_lookaheads(name)]
-            foreign += map(repr, others)
-            value = {n: v for n, v in value.items() if n not in mine and n not in others}
-            ours[key] = mine
-        inner[key] = value
-    checkpoint.report(foreign, "Lookahead", strict)
-    return inner, ours
-
-
-def is_lookaheads(name: Any) -> bool:
-    """Whether a state has the name of a Lookahead's, of ours or of another package's."""
-    return isinstance(name, str) and name.startswith(("slow_", "lookahead_"))
 
 
 def interpolation(group: dict[str, Any]) -> Hyperparameters:

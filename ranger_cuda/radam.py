@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import dispatch
-from .optimizer import FusedOptimizer
+from .step import algorithms
+from .step.optimizer import FusedOptimizer
 
 
 class RAdam(FusedOptimizer):
@@ -65,7 +65,7 @@ class RAdam(FusedOptimizer):
         RuntimeError: the requested backend cannot run on this machine.
     """
 
-    _algorithm = dispatch.RADAM
+    _algorithm = algorithms.RADAM
 
     def __init__(
         self,

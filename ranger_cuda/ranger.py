@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import dispatch
-from .optimizer import FusedOptimizer
-from .slow_weights import SlowWeights
+from .step import algorithms
+from .step.optimizer import FusedOptimizer
+from .step.slow_weights import SlowWeights
 
 
 class Ranger(SlowWeights, FusedOptimizer):
@@ -42,7 +42,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         RuntimeError: the requested backend cannot run on this machine.
     """
 
-    _algorithm = dispatch.RANGER
+    _algorithm = algorithms.RANGER
 
     def __init__(
         self,

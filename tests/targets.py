@@ -20,8 +20,8 @@ from torch import Tensor
 from builds import made_once
 from ptx import build
 from ptx.device import device
-from ranger_cuda import support, tensors
-from ranger_cuda.backends import triton_tables
+from ranger_cuda.backends import support, triton_tables
+from ranger_cuda.state import tensors
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from emulation.programs import run, why_not
 from helpers import assert_same, give_gradients, resizable_storage, twins
-from ranger_cuda import Ranger, support
+from ranger_cuda import Ranger
+from ranger_cuda.backends import support
 from targets import ROOT, build_emulation, load, open_target
 
 SANITIZE = ["-fsanitize=address", "-g1"]

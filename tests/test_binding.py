@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from ranger_cuda import support
-from ranger_cuda.dispatch import RANGER
-from ranger_cuda.hyperparameters import Hyperparameters, packed
-from ranger_cuda.tensors import DTensor, plain, plain_grad
+from ranger_cuda.backends import support
+from ranger_cuda.state.hyperparameters import Hyperparameters, packed
+from ranger_cuda.state.tensors import DTensor, plain, plain_grad
+from ranger_cuda.step.algorithms import RANGER
 
 HYPER = packed(
     [Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 6, float("inf"), False, False)]

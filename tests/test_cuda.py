@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, dispatch, support
-from ranger_cuda.dispatch import RANGER
-from ranger_cuda.tensors import DTensor, plain, plain_grad
+from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.backends import support
+from ranger_cuda.state.tensors import DTensor, plain, plain_grad
+from ranger_cuda.step import dispatch
+from ranger_cuda.step.algorithms import RANGER
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -31,7 +31,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
-from ranger_cuda import Lookahead, RAdam, Ranger, native, tensors
+from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.state import tensors
+from ranger_cuda.step import native
 
 WORLD = 2
 OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}

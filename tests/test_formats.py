@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranger_cuda import _C, Ranger, formats
-from ranger_cuda.formats import FORMATS
+from ranger_cuda import _C, Ranger
+from ranger_cuda.state import formats
+from ranger_cuda.state.formats import FORMATS
 
 
 def text(dtype):

@@ -7,7 +7,7 @@ import torch
 
 from helpers import bits
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.formats import FORMATS, Split
+from ranger_cuda.state.formats import FORMATS, Split
 
 LOW = [torch.bfloat16, torch.float16]
 

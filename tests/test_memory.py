@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.hyperparameters import read
+from ranger_cuda.state.hyperparameters import read
 
 BUILDERS = {
     "RAdam": RAdam,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.formats import GRAD_DTYPES
+from ranger_cuda.state.formats import GRAD_DTYPES
 from targets import ALL_NAMES
 
 STEPS = 25
@@ -152,7 +152,7 @@ def test_gradients_of_any_dtype_are_read_where_they_are(target, dtype, gradient,
     a, b = twins([torch.ones(len(numbers), dtype=dtype) for _ in layouts], target.move)
     native = Ranger(a, k=2, weight_decay=0.1, backend=target.backend)
     reference = Ranger(b, k=2, weight_decay=0.1, backend="reference")
-    monkeypatch.setattr("ranger_cuda.native.plain_grad", lambda *_: pytest.fail("a copy"))
+    monkeypatch.setattr("ranger_cuda.step.native.plain_grad", lambda *_: pytest.fail("a copy"))
     for param in (*a, *b):
         param.grad_dtype = gradient
     for step in range(6 if target.slow else 9):  # rectified from the fifth on

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranger_cuda import _C
-from ranger_cuda.hyperparameters import Hyperparameters, packed
-from ranger_cuda.schedule import ipow, schedule
+from ranger_cuda.backends.schedule import ipow, schedule
+from ranger_cuda.state.hyperparameters import Hyperparameters, packed
 
 
 def hyper(**changed):

@@ -10,7 +10,7 @@ import torch
 
 from helpers import assert_same_bits
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.native import StepInputs
+from ranger_cuda.step.native import StepInputs
 
 
 @pytest.fixture(params=["Ranger", "Lookahead"])

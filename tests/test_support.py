@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ranger_cuda
-from ranger_cuda import Ranger, support
+from ranger_cuda import Ranger
+from ranger_cuda.backends import support
 from ranger_cuda.cli import info, main
 
 REAL = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

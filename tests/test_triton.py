@@ -12,8 +12,9 @@ import torch
 from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
 from machine_code import cuobjdump, divisions_and_roots, fused, operations
-from ranger_cuda import Ranger, formats, support
-from ranger_cuda.backends import triton_launcher, triton_tables
+from ranger_cuda import Ranger
+from ranger_cuda.backends import support, triton_launcher, triton_tables
+from ranger_cuda.state import formats
 from targets import fresh_kernels, release
 
 triton = pytest.importorskip("triton")

@@ -15,10 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Lookahead, RAdam, Ranger, support
-from ranger_cuda.backends import triton_launcher, triton_tables
+from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.backends import support, triton_launcher, triton_tables
 from ranger_cuda.backends.triton_tables import TensorRow
-from ranger_cuda.tensors import plain_grad
+from ranger_cuda.state.tensors import plain_grad
 from targets import fresh_kernels, interpreted_kernels, triton_on_the_cpu
 
 triton = pytest.importorskip("triton")
@@ -47,7 +47,7 @@ def with_gradients(*tensors):
 
 def leave_float32_to_the_cpu(patch):
     """So that one optimizer has a compiled launcher, which comes first, and Triton's."""
-    patch.setattr("ranger_cuda.tensors.HOST", ("cpu",))
+    patch.setattr("ranger_cuda.state.tensors.HOST", ("cpu",))
     double = support.BACKENDS["triton"]._replace(dtypes=(torch.float64,))
     patch.setitem(support.BACKENDS, "triton", double)
 
@@ -280,7 +280,7 @@ def test_a_gradient_lives_as_long_as_its_step(interpreted, monkeypatch):
         copies.append(weakref.ref(gradient))
         return gradient
 
-    monkeypatch.setattr("ranger_cuda.native.plain_grad", copying)
+    monkeypatch.setattr("ranger_cuda.step.native.plain_grad", copying)
     kernels = interpreted_kernels()
     real = kernels.radam_kernel
 
@@ -626,7 +626,7 @@ def test_devices_that_triton_cannot_serve_here_say_why(monkeypatch):
 
 
 def test_a_capture_on_any_vendor_s_device_is_seen(monkeypatch):
-    from ranger_cuda import tensors
+    from ranger_cuda.state import tensors
 
     assert not tensors.is_capturing()
     for module in (torch.cuda, torch.xpu):

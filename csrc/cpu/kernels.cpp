@@ -1,7 +1,7 @@
 // Compiled once per instruction set, with RANGER_INSTRUCTION_SET naming it (see CMakeLists.txt).
 #include "kernels.h"
 
-#include "../radam_lookahead.h"
+#include "../rule/radam_lookahead.h"
 
 namespace ranger::cpu {
 namespace {

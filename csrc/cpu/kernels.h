@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../formats.h"
-#include "../schedule.h"
+#include "../formats/formats.h"
+#include "../rule/schedule.h"
 
 namespace ranger::cpu {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../rows.h"
+#include "../formats/rows.h"
 #include "tables.h"
 
 namespace ranger::cuda {

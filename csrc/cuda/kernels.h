@@ -5,7 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../radam_lookahead.h"
+#include "../rule/radam_lookahead.h"
 #include "tables.h"
 
 namespace ranger::cuda {

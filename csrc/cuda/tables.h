@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "../rows.h"
-#include "../schedule.h"
+#include "../formats/rows.h"
+#include "../rule/schedule.h"
 
 namespace ranger::cuda {
 

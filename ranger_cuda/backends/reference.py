@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..formats import Format
-from ..hyperparameters import Hyperparameters
-from ..schedule import Coefficients, coefficients, rounded
-from ..tensors import plain
+from ..state.formats import Format
+from ..state.hyperparameters import Hyperparameters
+from ..state.tensors import plain
+from .schedule import Coefficients, coefficients, rounded
 
 
 class Row(NamedTuple):

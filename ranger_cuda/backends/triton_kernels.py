@@ -32,7 +32,7 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, RHO_THRESHOLD, ALPHA, K, MAX_GRAD_NORM, DEC
 )
 GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
 
-# A gradient's dtype (DType of csrc/formats.h): float32, or one of these.
+# A gradient's dtype (DType of csrc/formats/formats.h): float32, or one of these.
 FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -42,7 +42,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Coefficients(NamedTuple):
-    """The scalars of a tensor's step, in the type of its arithmetic (``csrc/schedule.h``)."""
+    """The scalars of a tensor's step, in the type of its arithmetic (``csrc/rule/schedule.h``)."""
 
     grad_scale: Any
     weight_decay: Any
@@ -138,7 +138,7 @@ def ipow(base, exponent):
 
 @triton.jit(do_not_specialize=["count"])
 def schedule_kernel(rows, scalars, inputs, count, BLOCK: tl.constexpr):
-    """Count a step for each tensor that moves, and find its scalars (``csrc/schedule.h``).
+    """Count a step for each tensor that moves, and find its scalars (``csrc/rule/schedule.h``).
 
     A gradient's address is 1 where the rule reads none, and 0 where the tensor rests.
     """

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tensors import is_capturing
+from ..state.tensors import is_capturing
 from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words
 
 if TYPE_CHECKING:
-    from ..scaling import Signals
+    from .scaling import Signals
 
 
 class TritonLauncher:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import formats
+from ..state import formats
 
 if TYPE_CHECKING:
-    from ..scaling import Signals
+    from .scaling import Signals
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
@@ -41,14 +41,14 @@ def word(address: int) -> int:
 
 
 class TensorRow(NamedTuple):
-    """One parameter, as ``_C.Roster`` tells of it (``csrc/rows.h``).
+    """One parameter, as ``_C.Roster`` tells of it (``csrc/formats/rows.h``).
 
     Addresses are in bytes, strides in elements and in the order of the parameter's memory,
     dimensions of one element left out.
     """
 
     numel: int
-    format: str  # of ranger_cuda.formats
+    format: str  # of ranger_cuda.state.formats
     grad_dtype: int  # its place in formats.GRAD_DTYPES
     group: int
     step: int  # address of its count

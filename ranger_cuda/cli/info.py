@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import Ranger, __version__, support
+from .. import Ranger, __version__
+from ..backends import support
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
-#include "radam_lookahead.h"
+#include "rule/radam_lookahead.h"
 
 namespace ranger {
 namespace {

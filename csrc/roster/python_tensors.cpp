@@ -59,6 +59,8 @@ PyObject* checked(PyObject* object) {
 
 py::object take(PyObject* owned) { return py::reinterpret_steal<py::object>(checked(owned)); }
 
+py::object as_tuple(PyObject* object) { return take(PySequence_Tuple(object)); }
+
 PyObject* interned(const char* name) { return checked(PyUnicode_InternFromString(name)); }
 
 PyTypeObject* tensor_type() {

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import formats
+from ..state import formats
 
 DIAGNOSTIC = "python -m ranger_cuda info"
+_HERE = Path(__file__).parents[1].resolve()  # the package
 BUILD_ANEW = "in a clone: pip install --force-reinstall --no-deps ."
 
 
@@ -72,7 +73,7 @@ def extension() -> ModuleType | Obstacle:
     try:
         return importlib.import_module("ranger_cuda._C")
     except ModuleNotFoundError:
-        here, installed = Path(__file__).parent, _installed_elsewhere()
+        here, installed = _HERE, _installed_elsewhere()
         if installed is not None:
             return Obstacle(
                 f"Python found the source tree first, {here}, where the extension is not; the "
@@ -93,9 +94,9 @@ def extension() -> ModuleType | Obstacle:
 def _installed_elsewhere() -> Path | None:
     """Another copy of this package on Python's path, which has the extension."""
     for entry in sys.path:
-        package = Path(entry, __package__).resolve()
+        package = Path(entry, _HERE.name).resolve()
         built = any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
-        if built and package != Path(__file__).parent.resolve():
+        if built and package != _HERE:
             return package
     return None
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .dispatch import Dispatcher, members
+from ..state.tensors import DTensor, FSDPModule, is_fsdp1_s
+from .algorithms import members
+from .dispatch import Dispatcher
 from .interrupts import Deferred, insist
-from .tensors import DTensor, FSDPModule, is_fsdp1_s
 
 
 class SlowWeights:

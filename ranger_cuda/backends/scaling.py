@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .hyperparameters import Hyperparameters
-from .tensors import local
+from ..state.hyperparameters import Hyperparameters
+from ..state.tensors import local
 
 
 class Scaling(NamedTuple):

@@ -13,6 +13,9 @@ PyObject* checked(PyObject* object);
 
 pybind11::object take(PyObject* owned);
 
+// What code that runs meanwhile does not change.
+pybind11::object as_tuple(PyObject* object);
+
 // A borrowed name, made once and never freed.
 PyObject* interned(const char* name);
 
@@ -45,6 +48,12 @@ bool ask(PyObject* tensor, const DLTensor& described);
 // Most of a description's time is three waits for memory, one behind the other: for Python's
 // object, for torch's tensor, which one of the object's first words points to, and for its storage,
 // which one of the tensor's does.
+//
+// Each is asked for while rows are looked at that come so many earlier.
+constexpr size_t kObjectsAhead = 8;
+constexpr size_t kTensorsAhead = 5;
+constexpr size_t kStoragesAhead = 2;
+
 class Prefetcher {
  public:
   explicit Prefetcher(const TensorExchange& exchange);

@@ -20,7 +20,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class Hyperparameters(NamedTuple):
-    """One group's hyperparameters as plain numbers, in the order of ``csrc/schedule.h``."""
+    """One group's hyperparameters as plain numbers, in the order of ``csrc/rule/schedule.h``."""
 
     lr: float | Tensor  # a tensor on an accelerator stays there: reading it would synchronise
     beta1: float

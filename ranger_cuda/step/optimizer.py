@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import formats, hyperparameters, support
-from .checkpoint import (
+from ..backends import support
+from ..backends.scaling import Scaling
+from ..state import formats, hyperparameters
+from ..state.checkpoint import (
     Shielded,
     check_kind,
     is_step_tensor,
@@ -20,12 +22,12 @@ from .checkpoint import (
     shield_state,
     step_tensor,
 )
+from ..state.hyperparameters import Hyperparameters
+from ..state.tensors import on_accelerator
+from .algorithms import Algorithm
 from .clipping import total_norm
-from .dispatch import Algorithm, Dispatcher
-from .hyperparameters import Hyperparameters
+from .dispatch import Dispatcher
 from .interrupts import Deferred
-from .scaling import Scaling
-from .tensors import on_accelerator
 
 
 class FusedOptimizer(Optimizer):

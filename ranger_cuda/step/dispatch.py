@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import formats, support
-from .backends import reference
-from .backends.reference import Row
-from .formats import Format
-from .hyperparameters import Hyperparameters
-from .interrupts import Deferred
-from .native import Groups, Native, State, StepInputs
-from .scaling import NO_SCALING, Scaling
-from .schedule import grad_scale
-from .tensors import (
+from ..backends import support
+from ..backends.reference import Row
+from ..backends.scaling import NO_SCALING, Scaling
+from ..backends.schedule import grad_scale
+from ..state.hyperparameters import Hyperparameters
+from ..state.tensors import (
     check_allocated,
     check_param,
     check_state,
@@ -36,59 +31,13 @@ from .tensors import (
     plain,
     plain_grad,
 )
+from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
+from .interrupts import Deferred
+from .native import Groups, Native, State, StepInputs
+from .swaps import pairs_of, swapped
 
 NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
-
-
-class Member(NamedTuple):
-    """A parameter and where it stands."""
-
-    param: Tensor
-    group: int
-    name: str  # what error messages call it
-
-
-def members(param_groups: Groups) -> Iterator[Member]:
-    """Every parameter, in the order of the groups."""
-    for i, group in enumerate(param_groups):
-        names = group.get("param_names")
-        for j, param in enumerate(group["params"]):
-            name = f"{names[j]!r}" if names else f"parameter {j} of group {i}"
-            yield Member(param, i, name)
-
-
-def is_at_rest(group: dict[str, Any]) -> bool:
-    """Whether a step moves no parameter of ``group``: its ``lr`` is 0. One on an accelerator is not
-    read, which would wait for it."""
-    lr = group.get("lr")
-    return lr is not None and not on_accelerator(lr) and bool(lr == 0)
-
-
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
-
-
-class Algorithm(NamedTuple):
-    """What a backend does with a parameter that moves."""
-
-    name: str  # of ranger_cuda._C.Rule
-    step_name: str  # the state that counts steps
-    streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
-    reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
-
-    def format_of(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Format:
-        """How ``param`` and its state are stored."""
-        if self.step_name == "step":
-            return formats.of(param.dtype, group["weight_rounding"])
-        exact = formats.of(param.dtype)  # where the inner optimizer keeps the rest of parameters
-        kept = all(part.name in state for part in exact.param.rest)
-        return exact if kept else formats.of(param.dtype, "nearest")
-
-
-RADAM = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
-RANGER = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", "slow_param"), reference.radam_step)
-LOOKAHEAD = Algorithm(
-    "LOOKAHEAD", "lookahead_step", (None, None, "slow_param"), reference.lookahead_step
-)
 
 
 class _Step:
@@ -420,22 +369,6 @@ class Dispatcher:
 
     # --- slow weights ---------------------------------------------------------------------------
 
-    @staticmethod
-    def _slow_weights(param_groups: Groups, state: State) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """For each parameter that has one: the memory of the parameter and of its slow weight.
-
-        Raises:
-            RuntimeError, ValueError: one of them cannot be used.
-        """
-        pairs = {}
-        for param, _, name in members(param_groups):
-            its = state.get(param, {})
-            if "slow_param" in its:
-                check_param(param, name)
-                check_state(param, its, [formats.slow_part(param.dtype)], name)
-                pairs[param] = plain(param), plain(its["slow_param"])
-        return pairs
-
     @torch.no_grad()
     def reset_slow_weights(
         self, param_groups: Groups, state: State, *, only_unmoved: bool = False
@@ -446,7 +379,7 @@ class Dispatcher:
         """
         if only_unmoved and not self.unmoved:
             return
-        pairs = self._slow_weights(param_groups, state)
+        pairs = pairs_of(param_groups, state)
         for param, group, _ in members(param_groups):
             if param not in pairs or (only_unmoved and param not in self.unmoved):
                 continue
@@ -460,62 +393,12 @@ class Dispatcher:
             value = format.param.decode(p, rest, format.value) if whole else p.to(format.value)
             format.slow_param.encode(value, slow, {})
 
-    @contextmanager
-    def swapped(self, param_groups: Groups, state: State) -> Iterator[None]:
+    def swapped(self, param_groups: Groups, state: State) -> AbstractContextManager[None]:
         """Within the context parameters and slow weights, where there are any, change places.
 
         Interrupts are the caller's to defer.
         """
-        # Whatever becomes of parameters and state within, the memory that is swapped back is alive.
-        pairs = self._slow_weights(param_groups, state)
+        pairs = pairs_of(param_groups, state)
         for param in self.unmoved & pairs.keys():  # which are their slow weights
             del pairs[param]
-        alike = [pair for pair in pairs.values() if pair[0].dtype == pair[1].dtype]
-        others = [pair for pair in pairs.values() if pair[0].dtype != pair[1].dtype]
-        native = self._new_native()
-        if native is not None:
-            self._serve_all(native, pairs)
-        with ExitStack() as undo:  # all of it is undone, whatever fails on the way
-            undo.callback(_copy_back, pairs)
-            with ExitStack() as done:
-                for swap in _swaps(native, alike):
-                    swap()
-                    done.callback(swap)
-                done.pop_all()
-            undo.callback(_swap_back, native, alike)
-            undo.enter_context(reference.swapped(others))
-            yield
-
-    @staticmethod
-    def _serve_all(native: Native, pairs: dict[Tensor, tuple[Tensor, Tensor]]) -> None:
-        for param, (p, slow) in pairs.items():
-            if p.dtype == slow.dtype:
-                native.serve(param, "a parameter with slow weights")
-
-
-def _swaps(native: Native | None, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:
-    """Calls that let tensors of the same dtype change places, wherever they lie by now."""
-    rest = pairs
-    swaps: list[Callable[[], None]] = []
-    if native is not None:
-        left = native.roster.pair([p for p, _ in pairs], [slow for _, slow in pairs])
-        rest = [pairs[i] for i in sorted(left)]
-        native.prepare()
-        swaps = [partial(native.swap, launcher) for launcher in native.launchers]
-    return swaps + [partial(reference.exchange, p, slow) for p, slow in rest]
-
-
-def _swap_back(native: Native | None, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """The last first, for they may share memory; all is tried, whatever fails."""
-    with ExitStack() as swaps:
-        for swap in _swaps(native, pairs):
-            swaps.callback(swap)
-
-
-def _copy_back(pairs: dict[Tensor, tuple[Tensor, Tensor]]) -> None:
-    """What was given other memory, or converted, gets the values of its old memory."""
-    for param, (before, _) in pairs.items():
-        now = plain(param)
-        if now.data_ptr() != before.data_ptr() or now.dtype != before.dtype:
-            with torch.no_grad():
-                now.copy_(before)
+        return swapped(self._new_native(), pairs)

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "../formats/rows.h"
 #include "python_tensors.h"
-#include "rows.h"
 #include "shared_memory.h"
 
 namespace ranger {
@@ -127,6 +127,7 @@ class Roster {
   enum class Outcome { kRow, kNeedsPython, kSharesMemory };
   using Described = std::array<DLTensor, kItems>;
 
+  static int64_t next_version();  // no two states of any two rosters have the same
   void enlist(const pybind11::sequence& param_groups);
   void find_movers(const pybind11::object& moved);
   PyObject* gradient_of(PyObject* param);

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import formats, support
-from .backends.triton_launcher import TritonLauncher
-from .hyperparameters import Hyperparameters, packed
-from .scaling import Scaling, Signals
-from .tensors import DTensor, is_capturing, local, plain, plain_grad
+from ..backends import support
+from ..backends.scaling import Scaling, Signals
+from ..backends.triton_launcher import TritonLauncher
+from ..state import formats
+from ..state.hyperparameters import Hyperparameters, packed
+from ..state.tensors import DTensor, is_capturing, local, plain, plain_grad
 
 Groups = Sequence[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from . import support
+from ..backends import support
 
 # Those with a name; the real-time ones are left to whoever uses them.
 _NUMBERS = sorted(number for number in signal.valid_signals() if isinstance(number, signal.Signals))

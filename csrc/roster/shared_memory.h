@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "../formats/rows.h"
 
 namespace ranger {
 

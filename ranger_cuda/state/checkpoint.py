@@ -102,6 +102,35 @@ def shield_state(
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def split_state(
+    state: dict[Any, Any], params: dict[Any, Tensor], strict: bool
+) -> tuple[dict[Any, Any], dict[Any, dict[str, Any]]]:
+    """A checkpoint's state as the inner optimizer's and Lookahead's, which is checked."""
+    inner, ours, foreign = {}, {}, []
+    for key, value in state.items():
+        if isinstance(value, dict):
+            mine = {name: value[name] for name in LOOKAHEAD if name in value}
+            if mine and key not in params:
+                foreign.append(f"the state of {key!r}, which no group names")
+                continue
+            if "slow_param" in value and "step" in value:  # Ranger counts a cycle by its steps
+                mine.setdefault("lookahead_step", value["step"])
+            for name, item in mine.items():
+                check_value(name, item, params[key], key)
+            others = [name for name in value if name not in mine and is_lookaheads(name)]
+            foreign += map(repr, others)
+            value = {n: v for n, v in value.items() if n not in mine and n not in others}
+            ours[key] = mine
+        inner[key] = value
+    report(foreign, "Lookahead", strict)
+    return inner, ours
+
+
+def is_lookaheads(name: Any) -> bool:
+    """Whether a state has the name of a Lookahead's, of ours or of another package's."""
+    return isinstance(name, str) and name.startswith(("slow_", "lookahead_"))
+
+
 def parameters(state_dict: Any, groups: Sequence[dict[str, Any]]) -> dict[Any, Tensor]:
     """The parameters of an optimizer's groups by what a checkpoint calls them.
 

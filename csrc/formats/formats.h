@@ -1,12 +1,12 @@
 // How a parameter and its state are stored, around a rule that sees float32 or float64 values only.
 // A row of RANGER_FORMATS is all that a format is: kernels, launches, checks and what Python
-// reads are made of the table. ranger_cuda/formats.py has the same rows.
+// reads are made of the table. ranger_cuda/state/formats.py has the same rows.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "../rule/portable.h"
 
 namespace ranger {
 

@@ -7,7 +7,7 @@
 
 #include <optional>
 
-#include "rows.h"
+#include "../formats/rows.h"
 
 namespace ranger {
 

@@ -13,14 +13,14 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/kernels.h"
+#include "../cpu/launch.h"
+#include "../cuda/device.h"
+#include "../cuda/error.h"
+#include "../cuda/launch.h"
+#include "../roster/roster.h"
 #include "bound_launcher.h"
 #include "build_info.h"
-#include "cpu/kernels.h"
-#include "cpu/launch.h"
-#include "cuda/device.h"
-#include "cuda/error.h"
-#include "cuda/launch.h"
-#include "roster.h"
 
 namespace py = pybind11;
 
@@ -29,7 +29,7 @@ namespace {
 
 // --- what comes from Python ----------------------------------------------------------------------
 
-// Of each group, as ranger_cuda.hyperparameters.packed() packs them.
+// Of each group, as ranger_cuda.state.hyperparameters.packed() packs them.
 std::vector<Hyperparameters> to_groups(const py::bytes& packed) {
   const std::string_view bytes = packed;
   if (bytes.size() % sizeof(Hyperparameters) != 0) {
@@ -54,7 +54,7 @@ cuda::DeviceScalar to_scalar(const py::object& tensor, const TensorExchange& exc
   return {data_of(found), dtype == DType::kFloat64};
 }
 
-// The fields of ranger_cuda.scaling.Signals.
+// The fields of ranger_cuda.backends.scaling.Signals.
 cuda::Signals to_signals(const py::tuple& fields, size_t groups, const TensorExchange& exchange,
                          int32_t device) {
   if (fields.size() != 4) throw py::value_error("signals are four");
@@ -331,8 +331,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("insist", &insist, py::arg("function"), py::arg("is_done"),
              "A function that calls another to its end, whatever interrupts it.");
   module.def("schedule", &schedule_of, py::arg("hyper"), py::arg("step"),
-             "The scalars of one step, for tests against ranger_cuda.schedule.");
-  module.def("formats", &format_rows, "How parameters and state are stored; see csrc/formats.h.");
+             "The scalars of one step, for tests against ranger_cuda.backends.schedule.");
+  module.def("formats", &format_rows,
+             "How parameters and state are stored; see csrc/formats/formats.h.");
   module.def("table_layout", &table_layout, "The device tables, for tests against Triton's.");
   module.def("build_info", &build_info, "What this binary was built with and what it finds here.");
 }

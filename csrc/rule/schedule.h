@@ -4,7 +4,7 @@
 // (arXiv:1908.03265), Algorithm 2. Lookahead: Zhang et al., "Lookahead Optimizer: k steps forward,
 // 1 step back", NeurIPS 2019 (arXiv:1907.08610), Algorithm 1.
 //
-// ranger_cuda/schedule.py is the same in Python: the same operations in the same order.
+// ranger_cuda/backends/schedule.py is the same in Python: the same operations in the same order.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@
 
 namespace ranger {
 
-// Of one parameter group: ranger_cuda.hyperparameters.Hyperparameters, packed into 8 bytes each.
+// Of one parameter group: ranger_cuda.state.hyperparameters.Hyperparameters, packed into 8 bytes
+// each.
 struct Hyperparameters {
   double lr;
   double beta1;

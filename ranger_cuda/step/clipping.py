@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .formats import is_low
-from .tensors import DTensor, is_fsdp1_s
+from ..state.formats import is_low
+from ..state.tensors import DTensor, is_fsdp1_s
 
 
 @torch.no_grad()

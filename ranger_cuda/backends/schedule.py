@@ -1,6 +1,6 @@
 """Per-step scalars of RAdam and Lookahead, in float64 from the integer step.
 
-The mirror of ``csrc/schedule.h``: the same operations in the same order, so both return the
+The mirror of ``csrc/rule/schedule.h``: the same operations in the same order, so both return the
 same bits. RAdam: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond",
 ICLR 2020 (arXiv:1908.03265), Algorithm 2. Lookahead: Zhang et al., "Lookahead Optimizer: k
 steps forward, 1 step back", NeurIPS 2019 (arXiv:1907.08610), Algorithm 1.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from .hyperparameters import Hyperparameters
+    from ..state.hyperparameters import Hyperparameters
 
 
 class Schedule(NamedTuple):

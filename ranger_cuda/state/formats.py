@@ -2,7 +2,7 @@
 checkpoint, the reference, the kernels' launchers and ``info`` all read it.
 
 A format has a codec for each stream (the parameter, its moments, its slow weight) around a rule
-that sees float32 or float64 values only. ``csrc/formats.h`` has the rows that kernels serve.
+that sees float32 or float64 values only. ``csrc/formats/formats.h`` has the rows that kernels serve.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Format(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: as ``csrc/formats.h`` has it.
+        name: as ``csrc/formats/formats.h`` has it.
         value: the dtype of the arithmetic.
         param, exp_avg, exp_avg_sq, slow_param: the codec of each stream.
         weight_rounding, state_dtype: what has to be asked for; None: anything.

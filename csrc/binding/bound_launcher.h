@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "roster.h"
+#include "../roster/roster.h"
 
 namespace ranger {
 

@@ -1,0 +1,1 @@
+"""How a step is taken: what moves is found, checked, and handed to the backends."""
