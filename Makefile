@@ -19,6 +19,7 @@ lint:  ## check style, formatting and types
 	ruff format --check
 	clang-format --dry-run -Werror $(CXX_SOURCES)
 	mypy
+	lint-imports
 
 format:  ## format Python and C++
 	ruff format

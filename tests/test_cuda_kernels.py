@@ -118,17 +118,17 @@ DEFECTS = {
         ANYTHING,
     ),
     "misaligned_stream_read_wide": Defect(
-        "kernels.h",
+        "memory.h",
         "if (aligned_) {\n      pack",
         "if (true) {\n      pack",
         "undefined",
         MISALIGNED,
     ),
     "misaligned_stream_written_wide": Defect(
-        "kernels.h", "if (aligned_) {\n      *", "if (true) {\n      *", "undefined", MISALIGNED
+        "memory.h", "if (aligned_) {\n      *", "if (true) {\n      *", "undefined", MISALIGNED
     ),
     "gradients_all_of_one_dtype": Defect(
-        "kernels.h",
+        "memory.h",
         "if (dtype_ == kDTypeOf<Value>) return as",
         "return as",
         "plain",

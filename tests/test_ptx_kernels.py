@@ -80,7 +80,7 @@ def check(backend, bounded=False):
 
 
 class Defect(NamedTuple):
-    """A text of csrc/cuda/kernels.h, what to put in its place, and what is said of it."""
+    """A text of a header in csrc/cuda/, what to put in its place, and what is said of it."""
 
     text: str
     instead: str
@@ -116,10 +116,10 @@ def test_a_planted_defect_of_the_kernels_is_found(cuda, tmp_path, name):
     defect = DEFECTS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    file = csrc / "cuda/kernels.h"
-    source = file.read_text()
-    assert source.count(defect.text) == 1, f"{defect.text!r} is not there once"
-    file.write_text(source.replace(defect.text, defect.instead))
+    sources = {file: file.read_text() for file in (csrc / "cuda").glob("*.h")}
+    (file,) = [file for file, source in sources.items() if defect.text in source]
+    assert sources[file].count(defect.text) == 1, f"{defect.text!r} is not there once"
+    file.write_text(sources[file].replace(defect.text, defect.instead))
     ptx = compile_to_ptx(ARCHITECTURE, csrc=csrc)
     device().use(device().open(kernel_library(ptx, WANTED)))
     with pytest.raises((RuntimeError, AssertionError), match=defect.evidence):
