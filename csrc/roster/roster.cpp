@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace ranger {
 namespace {
 
-// float32 counts no further; a step after these counts none (design.md).
+// float32 counts no further; a step after these counts none (docs/design/contract.md).
 constexpr float kMostSteps = 16777216.0f;
 
 constexpr int kMostPasses = 10;

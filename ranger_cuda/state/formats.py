@@ -2,7 +2,8 @@
 checkpoint, the reference, the kernels' launchers and ``info`` all read it.
 
 A format has a codec for each stream (the parameter, its moments, its slow weight) around a rule
-that sees float32 or float64 values only. ``csrc/formats/formats.h`` has the rows that kernels serve.
+that sees float32 or float64 values only. ``csrc/formats/formats.h`` has the rows that kernels
+serve.
 """
 
 from __future__ import annotations
