@@ -279,21 +279,25 @@ def placement(tensor: Tensor) -> Any:
     return f"a DTensor, {tensor.placements} on {tensor.device_mesh}"
 
 
-def restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+def restore_state(
+    param: Tensor, saved: dict[str, Any], state_dtype: torch.dtype = formats.STATE_DTYPES[0]
+) -> dict[str, Any]:
     """The state of ``param``, in memory of its own: on its device, and each tensor in the precision
     it is kept in."""
+    parts = formats.known_parts(param.dtype, formats.STREAMS, state_dtype)
     with torch.inference_mode(False):  # what is made in it could not be written outside
         # Names that were read from a file are not the interned ones, which are compared faster.
         return {
-            sys.intern(str(name)) if isinstance(name, str) else name: _restore(param, name, value)
+            sys.intern(str(name)) if isinstance(name, str) else name: _restore(
+                param, name, value, parts
+            )
             for name, value in saved.items()
         }
 
 
-def _restore(param: Tensor, name: str, value: Any) -> Any:
+def _restore(param: Tensor, name: str, value: Any, parts: dict[str, formats.Part]) -> Any:
     if name in COUNTS:
         return step_tensor(value)
-    parts = formats.known_parts(param.dtype, formats.STREAMS)
     if name in parts:
         return value.detach().to(param.device, parts[name].dtype_for(param), copy=True)
     return copy.deepcopy(value)

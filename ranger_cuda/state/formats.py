@@ -229,11 +229,15 @@ def slow_part(dtype: torch.dtype) -> Part:
     return Part("slow_param", value_dtype(dtype), starts_as_param=True)
 
 
-def known_parts(dtype: torch.dtype, streams: Sequence[str | None]) -> dict[str, Part]:
-    """Every state that any format of such parameters has."""
+def known_parts(
+    dtype: torch.dtype,
+    streams: Sequence[str | None],
+    state_dtype: torch.dtype = STATE_DTYPES[0],
+) -> dict[str, Part]:
+    """Every state that any format of such parameters has, however they are rounded."""
     return {
         part.name: part
         for format in FORMATS
-        if format.param.dtype == real(dtype)
+        if format.param.dtype == real(dtype) and format.state_dtype in (None, state_dtype)
         for part in format.parts(streams)
     }

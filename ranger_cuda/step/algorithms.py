@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends import reference
@@ -47,11 +48,12 @@ class Algorithm(NamedTuple):
     step_name: str  # the state that counts steps
     streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
+    state_dtype: torch.dtype = formats.STATE_DTYPES[0]  # of the moments
 
     def format_of(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Format:
         """How ``param`` and its state are stored."""
         if self.step_name == "step":
-            return formats.of(param.dtype, group["weight_rounding"])
+            return formats.of(param.dtype, group["weight_rounding"], self.state_dtype)
         exact = formats.of(param.dtype)  # where the inner optimizer keeps the rest of parameters
         kept = all(part.name in state for part in exact.param.rest)
         return exact if kept else formats.of(param.dtype, "nearest")

@@ -208,6 +208,7 @@ class Dispatcher:
             algorithm.name,
             algorithm.streams,
             algorithm.step_name,
+            algorithm.state_dtype,
             self._backend,
             self._captured,
             self._tried,

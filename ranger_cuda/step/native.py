@@ -69,6 +69,7 @@ class Native:
         streams: the names of the state tensors exp_avg, exp_avg_sq and slow_param; None where the
             rule has none.
         step_name: the name of the state that counts steps.
+        state_dtype: of the moments.
         backend: what the user asked for, or None.
         captured, tried: what Triton's launchers leave to those that come after them: tables that a
             captured graph reads, and the kernels that are compiled and loaded.
@@ -79,6 +80,7 @@ class Native:
         rule: str,
         streams: Sequence[str | None],
         step_name: str,
+        state_dtype: torch.dtype,
         backend: str | None,
         captured: list[Any],
         tried: set[Any],
@@ -86,6 +88,7 @@ class Native:
         extension: Any = support.extension()
         self._extension = extension
         self._rule = getattr(extension.Rule, rule)
+        self._state_dtype = state_dtype
         self._backend = backend
         self._captured = captured
         self._tried = tried
@@ -114,7 +117,7 @@ class Native:
         its = plain(where)
         if is_traceable_wrapper_subclass(its):
             return False  # its memory is other tensors', which torch knows
-        format = formats.of(where.dtype)
+        format = formats.of(where.dtype, state_dtype=self._state_dtype)
         self.roster.serve(its, self._launcher(backend, where.device), format.name)
         self._kinds.add(kind)
         return True

@@ -66,13 +66,18 @@ class FusedOptimizer(Optimizer):
                 "differentiable=True is not supported: the fused step writes in place, outside "
                 "autograd. Use torch.optim.RAdam(differentiable=True)"
             )
-        self._options: dict[str, Any] = {"backend": backend, "amp_scaling": amp_scaling}
+        self._options: dict[str, Any] = {
+            "backend": backend,
+            "amp_scaling": amp_scaling,
+            "state_dtype": state_dtype,
+        }
         self._check_group(defaults)  # a group may override a value that is wrong
         self._prepare()
         super().__init__(params, defaults)
 
     def _prepare(self) -> None:
         # Made anew rather than copied or pickled.
+        self._algorithm = type(self)._algorithm._replace(state_dtype=self._options["state_dtype"])
         self._dispatcher = Dispatcher(self._algorithm, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())  # of what it is a copy of
         if self._options["amp_scaling"]:
@@ -227,7 +232,9 @@ class FusedOptimizer(Optimizer):
         before = self.__dict__.get("param_groups", [])
         for param, saved in state.get("state", {}).items():
             if isinstance(saved, Shielded):
-                state["state"][param] = restore_state(param, saved.state)
+                state["state"][param] = restore_state(
+                    param, saved.state, self._options["state_dtype"]
+                )
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
