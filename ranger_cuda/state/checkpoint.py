@@ -72,7 +72,7 @@ def shield_state(
                 state[key] = copy.deepcopy(value)
             continue
         lacking = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in value]
-        if lacking and any(name in value for name in (*names, *formats.PARTS)):
+        if lacking and any(name in value for name in ("step", *formats.PARTS)):
             raise ValueError(
                 f"loaded state dict: the state of parameter {key} has {list(value)} but no "
                 f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
