@@ -1,0 +1,54 @@
+"""What a result says: its tables, its promises, and what is worse than in an older one.
+
+python -m benchmarks show FILE.json
+python -m benchmarks show FILE.json --check --compare OLD.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from . import compare, promises, tables
+from .result_file import load
+
+
+def main(argv: list[str]) -> int:
+    """Print it; 1 if what ``--check`` and ``--compare`` ask for does not hold."""
+    parser = argparse.ArgumentParser("python -m benchmarks show", description=first(__doc__))
+    parser.add_argument("result", type=Path, help="a file that `step --out` has written")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    result = load(args.result)
+    print(tables.heading(result))
+    for name, found in result["workloads"].items():
+        print(tables.workload(name, found, result.get("copy")))
+    return conclude(result, args)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of every command that ends with a result."""
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD", help="exit 1 if anything is worse than there"
+    )
+    parser.add_argument("--check", action="store_true", help="exit 1 if a promise is not kept")
+
+
+def conclude(result: dict[str, Any], args: argparse.Namespace) -> int:
+    """Print the promises and the comparison; 1 if one of them fails that is asked for."""
+    judged = promises.judged(result)
+    print("\n".join(["\npromises", *(line for _, line in judged)]))
+    failed = args.check and not all(kept for kept, _ in judged)
+    if args.compare:
+        old = load(args.compare)
+        worse = compare.regressions(old, result)
+        notes = compare.surroundings(old, result)
+        print("\n".join([f"\nworse than in {args.compare}", *(worse or ["  nothing"]), *notes]))
+        failed = failed or bool(worse)
+    return int(failed)
+
+
+def first(doc: str | None) -> str:
+    """The first line of a docstring."""
+    return (doc or "").splitlines()[0]
