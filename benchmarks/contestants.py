@@ -139,7 +139,13 @@ CONTESTANTS = [
     Contestant("flashoptim AdamW float32", "flashoptim", FLASH(quantize=False), device="cuda"),
     Contestant("flashoptim AdamW 8-bit", "flashoptim", FLASH(quantize=True), None, device="cuda"),
     _ranger("pytorch-optimizer Ranger", _POZ, PYTORCH_OPTIMIZER(), turn=1),
-    _ranger("pytorch-optimizer Ranger loop", _POZ, PYTORCH_OPTIMIZER(foreach=False), turn=1),
+    _ranger(
+        "pytorch-optimizer Ranger loop",
+        _POZ,
+        PYTORCH_OPTIMIZER(foreach=False),
+        turn=1,
+        device="cpu",
+    ),
     _ranger("pytorch-optimizer Ranger compiled", _POZ, _compiled_ranger, turn=2, compiled=True),
     _ranger("timm Lookahead(RAdam)", "timm", _timm, turn=1, device="cpu"),
 ]

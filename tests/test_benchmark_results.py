@@ -94,10 +94,26 @@ def test_a_noisy_run_hides_what_a_quiet_one_would_show(tmp_path, capsys):
     assert compared(tmp_path, capsys, old, new) == (["  nothing"], 0)
 
 
-def test_our_own_rows_are_compared_by_torch_s(tmp_path, capsys):
-    lines, status = compared(tmp_path, capsys, made_up(radam=0.5), made_up(radam=0.6))
+def test_of_our_own_rows_the_time_is_compared_over_torch_s(tmp_path, capsys):
+    old, new = made_up(radam=1.0), made_up(radam=1.0)
+    row = new["workloads"]["1000 x 1"]["rows"]["radam"]
+    row |= {"ratio": 0.5, "of_adamw": 2.0}  # it takes twice as long as it did
+    row |= {"ratio_quartiles": [0.49, 0.51], "of_adamw_quartiles": [1.96, 2.04]}
+    lines, status = compared(tmp_path, capsys, old, new)
     assert status == 1
-    assert f"its time over {ADAMW}'s: 0.500 [0.490, 0.510] -> 0.600" in lines[0]
+    assert f"radam: its time over {ADAMW}'s: 1.000 [0.980, 1.020] -> 2.000" in lines[0]
+    assert compared(tmp_path, capsys, new, old) == (["  nothing"], 0)
+
+
+@pytest.mark.parametrize(("ratio", "worse"), [(0.6, 0), (0.9, 1)])
+def test_of_the_oldest_results_the_widest_range_that_times_allow_is_noise(
+    tmp_path, capsys, ratio, worse
+):
+    times = {"ranger": (1.0, [0.9, 1.2]), "optimi Ranger": (2.0, [1.8, 2.4])}
+    rows = {who: {"ms": ms, "ms_quartiles": ends} for who, (ms, ends) in times.items()}
+    rows["optimi Ranger"]["ratio"] = 0.5  # somewhere from 0.9 / 2.4 to 1.2 / 1.8
+    old = made_up() | {"workloads": {"1000 x 1": rows}}
+    assert compared(tmp_path, capsys, old, made_up(optimi_Ranger=ratio))[1] == worse
 
 
 def test_a_row_that_vanished_is_told_with_its_reason(tmp_path, capsys):
