@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 
@@ -20,7 +21,9 @@ def main(argv: list[str]) -> int:
         print("usage: python -m benchmarks COMMAND ...\n")
         print("\n".join(f"  {name:<6} {what}" for name, (_, what) in COMMANDS.items()))
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
-    return importlib.import_module(COMMANDS[argv[0]][0], __package__).main(argv[1:])
+    module, what = COMMANDS[argv[0]]
+    parser = argparse.ArgumentParser(f"python -m benchmarks {argv[0]}", description=what)
+    return importlib.import_module(module, __package__).main(parser, argv[1:])
 
 
 if __name__ == "__main__":

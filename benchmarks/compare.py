@@ -8,7 +8,7 @@ from .contestants import ADAMW, CONTESTANTS, OUR_PACKAGE, OURS
 
 OURSELVES = {c.name for c in CONTESTANTS if c.package == OUR_PACKAGE}
 KINDS = {"kept": "", "fresh": ", new gradients"}
-# Two processes differ by as much with the same code, for their memory lies elsewhere.
+# An allowance: two processes of the same code differ, too, for their memory lies elsewhere.
 BETWEEN_RUNS = 1.03
 
 

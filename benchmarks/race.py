@@ -182,13 +182,19 @@ class Race:
         Args:
             together: all contestants fit into memory at once.
         """
+        rounds = self.args.rounds
         gc.collect()
         gc.disable()
         try:
             if together:
-                self._interleaved()
-            else:
-                self._one_at_a_time()
+                self._time(self.chosen, rounds)
+            for half in range(0 if together else 2):
+                for contestant in self.chosen:
+                    if not contestant.compiled:
+                        self._time([contestant], (rounds + 1 - half) // 2)
+                    elif half == 0:  # once, for it takes long
+                        self._time([contestant], rounds)
+                    free_memory()
         finally:
             gc.enable()
         for contestant in self.chosen:
@@ -202,56 +208,31 @@ class Race:
                 row["fresh"] = in_short(who, self.samples["fresh"])
         return self.rows
 
-    def _interleaved(self) -> None:
-        runners = [runner for runner in map(self._start, self.chosen) if runner is not None]
+    def _time(self, chosen: list[Contestant], rounds: int) -> None:
+        """Samples of those who have not failed yet; two at least, then while there is time."""
+        going = [contestant for contestant in chosen if "missing" not in self.rows[contestant.name]]
+        runners = [runner for runner in map(self._start, going) if runner is not None]
         renewed = self.parameters <= MOST_TO_RENEW[self.device.type]
-        for _ in range(self.args.rounds):
+        for _ in range(rounds):
             for kind in ("kept", "fresh") if renewed else ("kept",):
                 for runner in [runner for runner in runners if kind in runner.kinds]:
-                    self._take(runner, self.args.rounds, kind)
+                    row, taken = self.rows[runner.name], self.samples[kind][runner.name]
+                    enough = len(taken) >= 2 and runner.seconds[kind] >= self.args.seconds
+                    if "missing" not in row and not enough:
+                        sample = attempt(row, lambda r=runner, k=kind: r.sample(k))
+                        taken += [] if sample is None else [sample]
         for runner in runners:
-            self._note_details(runner)
-
-    def _one_at_a_time(self) -> None:
-        """Everyone twice; who is compiled once, for that takes long."""
-        for turn in range(2):
-            for contestant in self.chosen:
-                once = contestant.compiled
-                if turn == 1 and (once or "missing" in self.rows[contestant.name]):
-                    continue
-                runner = self._start(contestant)
-                if runner is not None:
-                    rounds = self.args.rounds
-                    rounds = rounds if once or turn == 1 else math.ceil(rounds / 2)
-                    for _ in range(rounds):
-                        self._take(runner, rounds)
-                    if turn == 0:
-                        self._note_details(runner)
-                del runner
-                free_memory()
+            if "missing" not in (row := self.rows[runner.name]):
+                row |= attempt(row, runner.details) or {}
 
     def _start(self, contestant: Contestant) -> Runner | None:
         row = self.rows[contestant.name]
         if time.monotonic() > self.args.end:
-            row["missing"] = NO_TIME
+            if not self.samples["kept"][contestant.name]:
+                row["missing"] = NO_TIME
             return None
         gradients, limit = self.gradients[contestant.dtype], self.args.compile_limit
         return attempt(row, lambda: Runner(contestant, gradients, self.placed.params, limit))
-
-    def _take(self, runner: Runner, most: int, kind: str = "kept") -> None:
-        """One sample, unless there are two already and the time for them is used up."""
-        row, taken = self.rows[runner.name], self.samples[kind][runner.name]
-        enough = len(taken) >= 2 and runner.seconds[kind] >= self.args.seconds
-        if "missing" in row or len(taken) >= most or enough:
-            return
-        sample = attempt(row, lambda: runner.sample(kind))
-        if sample is not None:
-            taken.append(sample)
-
-    def _note_details(self, runner: Runner) -> None:
-        row = self.rows[runner.name]
-        if "missing" not in row:
-            row |= attempt(row, runner.details) or {}
 
 
 def in_short(who: str, samples: Samples) -> dict[str, Any]:

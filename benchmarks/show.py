@@ -14,9 +14,8 @@ from . import compare, promises, tables
 from .result_file import load
 
 
-def main(argv: list[str]) -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Print it; 1 if what ``--check`` and ``--compare`` ask for does not hold."""
-    parser = argparse.ArgumentParser("python -m benchmarks show", description=first(__doc__))
     parser.add_argument("result", type=Path, help="a file that `step --out` has written")
     add_options(parser)
     args = parser.parse_args(argv)
@@ -47,8 +46,3 @@ def conclude(result: dict[str, Any], args: argparse.Namespace) -> int:
         print("\n".join([f"\nworse than in {args.compare}", *(worse or ["  nothing"]), *notes]))
         failed = failed or bool(worse)
     return int(failed)
-
-
-def first(doc: str | None) -> str:
-    """The first line of a docstring."""
-    return (doc or "").splitlines()[0]

@@ -33,10 +33,10 @@ ROUNDS = {"cpu": 15, "cuda": 9}
 SECONDS = {"cpu": 20.0, "cuda": 1.0}
 
 
-def main(argv: list[str]) -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Measure what is asked for; 1 if our step is wrong or cannot be measured somewhere, or if what
     ``--check`` and ``--compare`` ask for does not hold."""
-    args = arguments(argv)
+    args = arguments(parser, argv)
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -61,9 +61,8 @@ def main(argv: list[str]) -> int:
     return show.conclude(result, args) or int(not right_everywhere)
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks step", description=show.first(__doc__))
     parser.add_argument("--device", choices=DEFAULT, default="cpu")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME")
     names = [contestant.name for contestant in CONTESTANTS]

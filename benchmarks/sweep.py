@@ -36,7 +36,6 @@ from .machine import environment
 from .on_gpu.commands import ROOT, cmake
 from .race import give
 from .result_file import save
-from .show import first
 from .step import verify
 from .workloads import PLACED, WORKLOADS, Placed, random_tensors
 
@@ -67,9 +66,9 @@ class Choice(NamedTuple):
         )
 
 
-def main(argv: list[str]) -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Build, time, print; 1 if any build failed or returns other bits than the reference."""
-    args = arguments(argv)
+    args = arguments(parser, argv)
     device = torch.device(args.device)
     choices = [
         Choice(*drawn)
@@ -110,9 +109,8 @@ def main(argv: list[str]) -> int:
     return 1 if wrong or result["failed_builds"] else 0
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks sweep", description=first(__doc__))
     numbers = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--threads", default=[256], **numbers)
     parser.add_argument("--chunks", default=[2048, 8192, 32768], **numbers)

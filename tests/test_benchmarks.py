@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -216,6 +217,26 @@ def test_a_later_turn_is_compared_with_what_is_measured_beside_it(monkeypatch, t
         for kind in (rows["ranger"], rows["ranger"]["fresh"]):
             assert kind["ratio"] == 1
     assert "new gradients" in capsys.readouterr().out
+
+
+def test_where_not_all_fit_into_memory_each_is_measured_alone_twice_over(monkeypatch, tmp_path):
+    monkeypatch.setitem(workloads.WORKLOADS, "1000 x 1", [(2,)] * 3)
+    monkeypatch.setattr(step, "fits", lambda *_: False)
+    there, most = [], []
+
+    class Runner(race.Runner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            there.append(weakref.ref(self))
+            most.append(sum(runner() is not None for runner in there))
+
+    monkeypatch.setattr(race, "Runner", Runner)
+    result, status = measured(tmp_path, "--workloads", "1000 x 1", "--rounds", "3")
+    assert status == 0
+    rows = result["workloads"]["1000 x 1"]["rows"]
+    assert {len(row["samples"]) for row in rows.values() if "ms" in row} == {3}
+    assert len(there) == 2 * 8  # six, and two of them beside a later turn
+    assert max(most) == 1
 
 
 def test_a_run_out_of_time_says_so(tmp_path):

@@ -62,9 +62,9 @@ LIMITS = {
 DEFAULT = [name for name in LIMITS if name != "sweep"]
 
 
-def main(argv: list[str]) -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Run the stages, keep and print what they found; 0 if all passed."""
-    args = arguments(argv)
+    args = arguments(parser, argv)
     begun = time.monotonic()
     commands = Commands(args.out, args.wheels)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,11 +96,8 @@ def main(argv: list[str]) -> int:
     return 0 if all(result["state"] != "failed" for result in results.values()) else 1
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks gpu", description=__doc__.splitlines()[0]
-    )
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=DEFAULT, metavar="STAGE")
     today = datetime.date.today().isoformat()
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks/results" / f"gpu-{today}")
