@@ -23,7 +23,7 @@ def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     print(tables.heading(result))
     for name, found in result["workloads"].items():
         print(tables.workload(name, found, result.get("copy")))
-    return conclude(result, args)
+    return conclude(result, args.check, args.compare and load(args.compare))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +34,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 if a promise is not kept")
 
 
-def conclude(result: dict[str, Any], args: argparse.Namespace) -> int:
-    """Print the promises and the comparison; 1 if one of them fails that is asked for."""
+def conclude(result: dict[str, Any], check: bool, old: dict[str, Any] | None) -> int:
+    """Print the promises, and the comparison if there is an old result; 1 if one of them fails."""
     judged = promises.judged(result)
     print("\n".join(["\npromises", *(line for _, line in judged)]))
-    failed = args.check and not all(kept for kept, _ in judged)
-    if args.compare:
-        old = load(args.compare)
+    failed = check and not all(kept for kept, _ in judged)
+    if old:
         worse = compare.regressions(old, result)
         notes = compare.surroundings(old, result)
-        print("\n".join([f"\nworse than in {args.compare}", *(worse or ["  nothing"]), *notes]))
+        print("\n".join(["\nworse than the old result", *(worse or ["  nothing"]), *notes]))
         failed = failed or bool(worse)
     return int(failed)

@@ -26,7 +26,7 @@ from .clocks import CYCLE, attempt, copy_bandwidth, fits, free_memory, gpu_state
 from .contestants import ADAMW, CONTESTANTS, OURS, PACKAGES, Contestant
 from .machine import environment
 from .race import NO_TIME, Race, give
-from .result_file import save
+from .result_file import load, save
 from .workloads import DEFAULT, PLACED, WORKLOADS, Placed, Shapes, random_tensors
 
 ROUNDS = {"cpu": 15, "cuda": 9}
@@ -37,11 +37,12 @@ def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Measure what is asked for; 1 if our step is wrong or cannot be measured somewhere, or if what
     ``--check`` and ``--compare`` ask for does not hold."""
     args = arguments(parser, argv)
+    old = args.compare and load(args.compare)  # before it may be written over, or hours are lost
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     result: dict[str, Any] = {"environment": environment(device, PACKAGES)}
-    result["arguments"] = dict(vars(args))
+    result["arguments"] = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     args.end = time.monotonic() + args.limit
     result |= {"gpu_before": gpu_state(device), "copy": copy_bandwidth(device), "workloads": {}}
     print(tables.heading(result), flush=True)
@@ -58,7 +59,7 @@ def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     result |= {"copy_after": copy_bandwidth(device), "gpu_after": gpu_state(device)}
     save(result, args.out)
     right_everywhere = all(right(found) for found in result["workloads"].values())
-    return show.conclude(result, args) or int(not right_everywhere)
+    return show.conclude(result, args.check, old) or int(not right_everywhere)
 
 
 def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -67,7 +67,7 @@ def compared(tmp_path, capsys, old, new):
         paths.append(str(tmp_path / f"{name}.json"))
         Path(paths[-1]).write_text(json.dumps(result))
     status = main(["show", paths[1], "--compare", paths[0]])
-    return capsys.readouterr().out.split("worse than in")[1].splitlines()[1:], status
+    return capsys.readouterr().out.split("worse than the old result")[1].splitlines()[1:], status
 
 
 @pytest.mark.parametrize("key", ["ratio", "fresh"])

@@ -298,12 +298,22 @@ def test_a_torch_says_how_many_arguments_its_kernels_take(cuda, size):
     assert size is None or f"{round(size / 1024)} KB" in said
 
 
-def test_a_run_that_compares_fails_where_it_fell_back(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["old.json", "result.json"])  # the latter is written over
+def test_a_run_that_compares_fails_where_it_fell_back(monkeypatch, tmp_path, name):
     monkeypatch.setitem(workloads.WORKLOADS, "1000 x 1", [(2,)] * 3)
-    old = tmp_path / "old.json"
+    old = tmp_path / name
     for ratio, status in ((1e-9, 1), (1e9, 0)):
         row = {"ms": 1.0, "of_adamw": ratio, "of_adamw_quartiles": [ratio, ratio]}
         found = {"1000 x 1": {"rows": {"ranger": row}}}
         old.write_text(json.dumps({"environment": {}, "workloads": found}))
         options = ["--workloads", "1000 x 1", "--compare", str(old)]
         assert measured(tmp_path, *options)[1] == status
+
+
+def test_a_result_to_compare_with_that_is_not_there_ends_a_run_before_it_begins(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(step, "measure", None)
+    with pytest.raises(FileNotFoundError):
+        measured(tmp_path, "--compare", str(tmp_path / "old.json"))
+    assert not list(tmp_path.iterdir())
