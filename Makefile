@@ -26,12 +26,12 @@ format:  ## format Python and C++
 	clang-format -i $(CXX_SOURCES)
 
 bench:  ## measure the step against its peers (see benchmarks/README.md)
-	$(PYTHON) benchmarks/step_time.py
+	$(PYTHON) -m benchmarks step
 
 experiments:  ## show again what the papers show (see docs/experiments/README.md)
 	$(PYTHON) -m benchmarks.experiments
 
 gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
-	$(PYTHON) benchmarks/on_gpu.py
+	$(PYTHON) -m benchmarks gpu
 
 .PHONY: help install test ptx lint format bench experiments gpu

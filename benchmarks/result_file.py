@@ -12,5 +12,14 @@ def save(result: dict[str, Any], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         new = out.with_suffix(".new")
-        new.write_text(json.dumps(result, indent=1) + "\n")
+        new.write_text(json.dumps(result, indent=1, default=str) + "\n")
         new.replace(out)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result. In the oldest a workload is its rows, without anything around them."""
+    result = json.loads(path.read_text())
+    for name, found in result["workloads"].items():
+        if "rows" not in found:
+            result["workloads"][name] = {"rows": found}
+    return result

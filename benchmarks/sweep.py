@@ -1,6 +1,6 @@
 """Which block size, chunk and loads in flight of csrc/cuda/tables.h are fastest on this GPU.
 
-    python benchmarks/sweep.py --out FILE.json
+    python -m benchmarks sweep --out FILE.json
 
 Builds the extension once for each, in parallel, then times them in turn on the same optimizer and
 the same memory: only its launcher is made anew, by another build.
@@ -28,16 +28,20 @@ import torch
 from torch.nn import Parameter
 
 import ranger_cuda
-from contestants import RANGER_BYTES
-from gpu_device import attempt, capture, copy_bandwidth, free_memory, gpu_state, stopwatch
 from ranger_cuda.backends import support
-from result_file import save
-from step_time import CYCLE, environment, verify
-from workloads import PLACED, WORKLOADS, Placed, random_tensors
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from .clocks import CYCLE, attempt, capture, copy_bandwidth, free_memory, gpu_state, stopwatch
+from .contestants import PACKAGES, RANGER_BYTES
+from .machine import environment
+from .on_gpu.commands import ROOT, cmake
+from .race import give
+from .result_file import save
+from .step import verify
+from .workloads import PLACED, WORKLOADS, Placed, random_tensors
 
-from targets import ROOT, load
+sys.path.insert(0, str(ROOT / "tests"))
+
+from targets import load
 
 SMALL = 2**26  # parameters; below it the host may be slower than the GPU
 TO_VERIFY = [(3, 5), (8193,), (70_001,)]
@@ -62,9 +66,9 @@ class Choice(NamedTuple):
         )
 
 
-def main() -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Build, time, print; 1 if any build failed or returns other bits than the reference."""
-    args = arguments()
+    args = arguments(parser, argv)
     device = torch.device(args.device)
     choices = [
         Choice(*drawn)
@@ -75,8 +79,11 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         failures = list(pool.map(lambda c: build(c, folder, args.architectures), choices))
     print(f"{len(choices)} builds in {time.monotonic() - begun:.0f} s, in {folder}", flush=True)
-    result: dict[str, Any] = {"environment": environment(device), "gpu_before": gpu_state(device)}
-    result["arguments"] = {name: str(value) for name, value in vars(args).items()}
+    result: dict[str, Any] = {
+        "environment": environment(device, PACKAGES),
+        "gpu_before": gpu_state(device),
+    }
+    result["arguments"] = vars(args)
     result["failed_builds"] = {
         str(c): why for c, why in zip(choices, failures, strict=True) if why is not None
     }
@@ -102,9 +109,8 @@ def main() -> int:
     return 1 if wrong or result["failed_builds"] else 0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--threads", default=[256], **numbers)
     parser.add_argument("--chunks", default=[2048, 8192, 32768], **numbers)
@@ -119,7 +125,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at once")
     parser.add_argument("--device", default="cuda", help="cpu: to try this script out")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # --- builds ---------------------------------------------------------------------------------------
@@ -130,14 +136,20 @@ def build(choice: Choice, folder: Path, architectures: str) -> str | None:
     at = folder / "-".join(map(str, choice))
     if list(at.glob("_C*.so")):
         return None
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(at)]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DRANGER_CUDA_ARCHITECTURES={architectures}", "-DRANGER_BACKENDS=cuda"]
-    configure += [f"-DCMAKE_CXX_FLAGS={choice.macros}", f"-DCMAKE_CUDA_FLAGS={choice.macros}"]
+    settings = {"RANGER_CUDA_ARCHITECTURES": architectures, "RANGER_BACKENDS": "cuda"}
+    settings |= {f"CMAKE_{language}_FLAGS": choice.macros for language in ("CXX", "CUDA")}
     at.mkdir(parents=True, exist_ok=True)
     with (at / "build.log").open("w") as log:
-        for command in (configure, ["cmake", "--build", str(at), "--parallel", "1"]):
-            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
+        for command in cmake(at, settings):
+            if (
+                subprocess.run(
+                    command,
+                    env={**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                ).returncode
+                != 0
+            ):
                 log.flush()
                 return (at / "build.log").read_text()[-500:]
     return None
@@ -158,7 +170,7 @@ def verified(module: ModuleType, device: torch.device) -> str:
     """ "yes", or in what this build's step fails."""
     use(module)
     row: dict[str, Any] = {}
-    attempt(row, lambda: verify(TO_VERIFY, device))
+    attempt(row, lambda: verify(TO_VERIFY, device, Placed()))
     return row.get("missing", "yes")
 
 
@@ -175,9 +187,7 @@ class Bench:
     def __init__(self, name: str, device: torch.device) -> None:
         shapes, placed = WORKLOADS[name], PLACED.get(name, Placed())
         params = [Parameter(t) for t in random_tensors(shapes, device, placed.params)]
-        gradients = random_tensors(shapes, device, placed.gradients)
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
+        give(params, random_tensors(shapes, device, placed.gradients))
         self.device = device
         self.parameters = sum(map(math.prod, shapes))
         self.small = self.parameters < SMALL
@@ -238,7 +248,3 @@ def as_table(name: str, rows: dict[Choice, dict[str, Any]], copy: dict[str, Any]
             f"{max(row['samples']):.4f}] {row['gb_per_s'] / copy['gb_per_s']:7.1%}"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Shapes = list[tuple[int, ...]]
-LANES = 4  # float32 numbers of a wide access
+WIDE = 16  # bytes of an access
 
 
 class Placed(NamedTuple):
@@ -79,29 +79,34 @@ PLACED = {
     "64 x 1024^2 every other odd": Placed((0, 1), (0, 1)),
     "64 x (1024^2+1) flat": Placed((0, 1, 2, 3), (1, 2, 3, 0)),
 }
-# Those that fit several optimizers' states into a small machine's memory and a coffee break.
-CPU_DEFAULT = ["64 x 1024^2", "1000 x 64^2", "1000 x 1", "resnet50"]
-# The most telling first: a run that ends early has them.
-GPU_DEFAULT = [
-    "1e9",
-    "64 x 1024^2",
-    "1000 x 1024",
-    "1000 x 1",
-    "64 x (1024^2+1)",
-    "64 x (1024^2+1) flat",
-    "resnet50",
-    "gpt2",
-    "64 x 1024^2 gradients odd",
-    "64 x 1024^2 all odd",
-    "64 x 1024^2 every other odd",
-    "10000 x 512",
-    "llama-1b",
-    "vit-l/16",
-]
+# On a CPU those that fit several optimizers' states into a small machine's memory and a coffee
+# break. On a GPU the most telling first: a run that ends early has them.
+DEFAULT = {
+    "cpu": ["64 x 1024^2", "1000 x 64^2", "1000 x 1", "resnet50"],
+    "cuda": [
+        "1e9",
+        "64 x 1024^2",
+        "1000 x 1024",
+        "1000 x 1",
+        "64 x (1024^2+1)",
+        "64 x (1024^2+1) flat",
+        "resnet50",
+        "gpt2",
+        "64 x 1024^2 gradients odd",
+        "64 x 1024^2 all odd",
+        "64 x 1024^2 every other odd",
+        "10000 x 512",
+        "llama-1b",
+        "vit-l/16",
+    ],
+}
 
 
 def random_tensors(
-    shapes: Shapes, device: torch.device, lanes: Sequence[int] | None = None
+    shapes: Shapes,
+    device: torch.device,
+    lanes: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Fresh random numbers.
 
@@ -110,11 +115,11 @@ def random_tensors(
             turn; None: all have memory of their own.
     """
     if lanes is None:
-        return [torch.randn(shape, device=device) for shape in shapes]
+        return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
     spans, end = [], 0
     for i, shape in enumerate(shapes):
-        start = end + (lanes[i % len(lanes)] - end) % LANES
+        start = end + (lanes[i % len(lanes)] - end) % (WIDE // dtype.itemsize)
         end = start + prod(shape)
         spans.append((start, end))
-    buffer = torch.randn(end, device=device)
+    buffer = torch.randn(end, device=device, dtype=dtype)
     return [buffer[slice(*span)].view(shape) for span, shape in zip(spans, shapes, strict=True)]

@@ -1,18 +1,18 @@
 """Everything that a machine with a GPU can say of this clone, in one command.
 
-    python3 benchmarks/on_gpu.py                          # all but the sweep
-    python3 benchmarks/on_gpu.py --only tests benchmark   # some stages
-    python3 benchmarks/on_gpu.py --wheels DIR             # with the peers' wheels, offline
+    python3 -m benchmarks gpu                          # all but the sweep
+    python3 -m benchmarks gpu --only tests benchmark   # some stages
+    python3 -m benchmarks gpu --wheels DIR             # with the peers' wheels, offline
 
 Where a command may take ten minutes at most, three of under nine each:
 
-    python3 benchmarks/on_gpu.py --only environment build benchmark
-    python3 benchmarks/on_gpu.py --only environment build tests sanitizer --pytest="-m gpu"
-    python3 benchmarks/on_gpu.py --only environment sweep
+    python3 -m benchmarks gpu --only environment build benchmark
+    python3 -m benchmarks gpu --only environment build tests sanitizer --pytest="-m gpu"
+    python3 -m benchmarks gpu --only environment sweep
 
 Builds the extension into the clone, installs nothing. Every stage has a time limit, and none stops
 a later one. What they found so far is always in the output folder ($OUT or benchmarks/results/),
-also where this is terminated: ``summary.json``, ``gpu-step-time.json``, ``sweep.json`` and
+also where this is terminated: ``summary.json``, ``step-time.json``, ``sweep.json`` and
 ``logs.tar.gz``. Exits with 0 if all that were asked for passed.
 """
 
@@ -24,31 +24,31 @@ import functools
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import gpu_stages
-from commands import Commands, Result
-from gpu_stages import HERE, SANITIZERS, Job
-from result_file import save
+from ..result_file import save
+from . import stages
+from .commands import ROOT, Commands, Result
+from .stages import SANITIZERS, Job
+from .summary import headline, summary
 
 Stage = Callable[[Job], Result]
 # Those that run at the same time; the benchmark has the machine to itself.
 STAGES: tuple[dict[str, Stage], ...] = (
-    {"environment": gpu_stages.environment},
-    {"build": gpu_stages.build},
+    {"environment": stages.environment},
+    {"build": stages.build},
     {
-        "tests": gpu_stages.tests,
+        "tests": stages.tests,
         **{
-            f"sanitizer-{tool.name}": functools.partial(gpu_stages.sanitizer, tool=tool)
+            f"sanitizer-{tool.name}": functools.partial(stages.sanitizer, tool=tool)
             for tool in SANITIZERS
         },
     },
-    {"benchmark": gpu_stages.benchmark},
-    {"sweep": gpu_stages.sweep},
+    {"benchmark": stages.benchmark},
+    {"sweep": stages.sweep},
 )
 # Seconds of each stage.
 LIMITS = {
@@ -62,9 +62,9 @@ LIMITS = {
 DEFAULT = [name for name in LIMITS if name != "sweep"]
 
 
-def main() -> int:
+def main(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Run the stages, keep and print what they found; 0 if all passed."""
-    args = arguments()
+    args = arguments(parser, argv)
     begun = time.monotonic()
     commands = Commands(args.out, args.wheels)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -96,40 +96,22 @@ def main() -> int:
     return 0 if all(result["state"] != "failed" for result in results.values()) else 1
 
 
-def arguments() -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=LIMITS, default=DEFAULT, metavar="STAGE")
     today = datetime.date.today().isoformat()
-    out = Path(os.environ.get("OUT") or HERE / "results" / f"gpu-{today}")
-    parser.add_argument(
-        "--out", type=Path, default=out, help="a folder (default: $OUT, or %(default)s)"
-    )
-    parser.add_argument(
-        "--wheels",
-        type=Path,
-        default=os.environ.get("WHEELS"),
-        help="pure Python wheels to measure with",
-    )
+    out = Path(os.environ.get("OUT") or ROOT / "benchmarks/results" / f"gpu-{today}")
+    parser.add_argument("--out", type=Path, default=out, help="a folder (default: %(default)s)")
+    wheels = os.environ.get("WHEELS")
+    parser.add_argument("--wheels", type=Path, default=wheels, help="a folder, to measure with")
     parser.add_argument("--architectures", help="as CMake takes them (default: this GPU's)")
     parser.add_argument("--commit", help="what is measured, where there is no git")
     for name in ("pytest", "benchmark", "sweep"):
-        parser.add_argument(
-            f"--{name}",
-            type=shlex.split,
-            default=[],
-            metavar="ARGS",
-            help=f"more for {name}, in one string: --{name}='...'",
-        )
-    parser.add_argument(
-        "--limit",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("STAGE", "S"),
-        help="seconds of a stage",
-    )
-    args = parser.parse_args()
+        more = f"more for {name}, in one string: --{name}='...'"
+        parser.add_argument(f"--{name}", type=shlex.split, default=[], metavar="ARGS", help=more)
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("STAGE", "S")}
+    parser.add_argument("--limit", help="seconds of a stage", **pair)  # type: ignore[arg-type]
+    args = parser.parse_args(argv)
     args.out = args.out.resolve()
     args.wheels = args.wheels and Path(args.wheels).resolve()
     args.limits = {**LIMITS, **{stage: float(seconds) for stage, seconds in args.limit}}
@@ -142,31 +124,3 @@ def attempt(stage: Stage, job: Job) -> Result:
         return stage(job)
     except Exception as error:
         return {"state": "failed", "why": f"{type(error).__name__}: {error}"}
-
-
-def headline(name: str, result: Result) -> str:
-    """A stage in a line."""
-    seconds = f"{result['seconds']:6.1f} s" if "seconds" in result else " " * 8
-    return f"{name:<24} {result['state']:<8} {seconds}  {result.get('why', '')}"
-
-
-def summary(results: dict[str, Result]) -> list[str]:
-    """What a person wants to know first."""
-    lines = ["\n== summary"]
-    where = results.get("environment")
-    if where:
-        lines += [f"commit {where.get('commit')}, {where.get('versions')}", f"{where.get('gpu')}"]
-    if "tests" in results:
-        lines.append(f"tests: {dict(results['tests'].get('counts', {}))}")
-        lines += [f"  FAILED {name}" for name in results["tests"].get("failed", [])[:40]]
-    for name, result in results.items():
-        if result.get("summary"):
-            lines.append(f"{name}: {'; '.join(result['summary'])}")
-        lines += [f"  {part}" for part in result.get("parts", []) if part.startswith("FAILED")]
-    lines += results.get("benchmark", {}).get("lines", [])
-    lines += [headline(name, result) for name, result in results.items()]
-    return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Every CUDA kernel once or twice, over awkward memory, against the reference on the CPU by bits.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitized_run.py
+    compute-sanitizer --tool memcheck python -m benchmarks.on_gpu.sanitized_run
 
 Short, for it runs many times slower under the tools; `--target emulated` tries it without a GPU.
 """
@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from .commands import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import assert_same, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 Result = dict[str, Any]
 
 
@@ -139,3 +140,11 @@ def unpack(wheels: Path, site: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
     return site
+
+
+def cmake(at: Path, settings: dict[str, str]) -> list[list[str]]:
+    """The commands that build the extension into a folder."""
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(at)]
+    settings = {"Python_EXECUTABLE": sys.executable, **settings}
+    configure += [f"-D{name}={value}" for name, value in settings.items()]
+    return [configure, ["cmake", "--build", str(at)]]

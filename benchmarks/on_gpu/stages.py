@@ -1,4 +1,4 @@
-"""The stages of on_gpu.py: what each runs, and what it finds in what that printed."""
+"""The stages of a run on a GPU: what each runs, and what it finds in what that printed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from commands import ROOT, Commands, Result
+from .commands import ROOT, Commands, Result, cmake
 
-HERE = ROOT / "benchmarks"
+MEASURE = [sys.executable, "-m", "benchmarks"]
 GPU_FIELDS = (
     "name,driver_version,compute_cap,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
     "power.draw,power.limit,temperature.gpu,memory.used,memory.total"
-)
-VERSIONS = (
-    "import json, platform, torch\n"
-    "try:\n    import triton\n    triton = triton.__version__\n"
-    "except ImportError as error:\n    triton = str(error)\n"
-    "there = torch.cuda.is_available()\n"
-    "print(json.dumps({'python': platform.python_version(), 'torch': torch.__version__,\n"
-    "    'torch_cuda': torch.version.cuda, 'triton': triton, 'cuda_available': there,\n"
-    "    'gpu': torch.cuda.get_device_name() if there else None}))\n"
 )
 BENCHMARK_ENDS_IN = 80.0  # seconds: a contestant that has begun, and what is measured last
 PYTEST_FINE = (0, 5)  # 5: no test was asked for
@@ -67,10 +58,7 @@ MEMCHECK = ("--tool", "memcheck", "--report-api-errors", "no")
 # seen; a capture needs the cache.
 SANITIZERS = (
     Sanitizer(
-        "memcheck",
-        MEMCHECK,
-        ("--skip", "graph"),
-        (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        "memcheck", MEMCHECK, ("--skip", "graph"), (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     ),
     Sanitizer("memcheck-graph", MEMCHECK, ("--only", "graph")),
     Sanitizer("racecheck", ("--tool", "racecheck")),
@@ -84,10 +72,9 @@ def environment(job: Job) -> Result:
     found: Result = {"time": datetime.datetime.now(datetime.timezone.utc).isoformat()}
     found["commit"] = job.args.commit or job.tell("git", "describe", "--always", "--dirty")
     found["gpu"] = gpu(job)
-    found["versions"] = json.loads(job.tell(sys.executable, "-c", VERSIONS) or "{}")
+    found["versions"] = json.loads(job.tell(sys.executable, "-m", "benchmarks.machine") or "{}")
     found["nvcc"] = (job.tell("nvcc", "--version") or "not found").splitlines()[-1]
     found["compute_sanitizer"] = job.tell("compute-sanitizer", "--version")
-    found["cores"] = os.cpu_count()
     ok = bool(found["versions"].get("cuda_available"))
     return found | {"state": state(ok)} | ({} if ok else {"why": "torch sees no CUDA device"})
 
@@ -121,11 +108,7 @@ def build(job: Job) -> Result:
 def build_with_cmake(job: Job, chosen: dict[str, str]) -> Result:
     """Where pip does not serve, for what its setuptools lacks."""
     at = job.commands.scratch / "cmake"
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(at)]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-D{name}={value}" for name, value in chosen.items()]
-    steps = (configure, ["cmake", "--build", str(at)])
-    for i, command in enumerate(steps):
+    for i, command in enumerate(cmake(at, chosen)):
         result = job.run(f"build-cmake-{i}", command) | {"how": "cmake"}
         if result["rc"] != 0:
             return result
@@ -172,7 +155,7 @@ def sanitizer(job: Job, tool: Sanitizer) -> Result:
     if found is None:
         return {"state": "skipped", "why": "compute-sanitizer is not on PATH or in /usr/local/cuda"}
     command = [found, *tool.options, "--error-exitcode", "99", "--print-limit", "30"]
-    command += [sys.executable, str(HERE / "sanitized_run.py"), *tool.arguments]
+    command += [sys.executable, "-m", "benchmarks.on_gpu.sanitized_run", *tool.arguments]
     result = job.run(f"sanitizer-{tool.name}", command, **dict(tool.environment))
     log = job.commands.text(result)
     result["summary"] = re.findall(r"^=+ (.*SUMMARY.*)$", log, re.MULTILINE)
@@ -182,22 +165,20 @@ def sanitizer(job: Job, tool: Sanitizer) -> Result:
 
 def benchmark(job: Job) -> Result:
     """Times against the peers."""
-    out = job.commands.out / "gpu-step-time.json"
+    out = job.commands.out / "step-time.json"
     left = job.end - time.monotonic()
-    command = [sys.executable, str(HERE / "gpu_step_time.py"), "--out", str(out)]
+    command = [*MEASURE, "step", "--device", "cuda", "--compile-limit", "45", "--out", str(out)]
     command += ["--limit", f"{max(left - BENCHMARK_ENDS_IN, 1):.0f}", *job.args.benchmark]
-    before = gpu(job)
     result = job.run("benchmark", command)
-    result |= {"gpu_before": before, "gpu_after": gpu(job)}
     if out.exists():
-        result["lines"] = benchmark_lines(json.loads(out.read_text()))
+        result["lines"] = json.loads(out.read_text()).get("brief", [])
     return result | {"state": state(result["rc"] == 0)}
 
 
 def sweep(job: Job) -> Result:
     """The choices of csrc/cuda/tables.h; only when it is asked for."""
     out = job.commands.out / "sweep.json"
-    command = [sys.executable, str(HERE / "sweep.py"), "--out", str(out)]
+    command = [*MEASURE, "sweep", "--out", str(out)]
     command += ["--architectures", job.args.architectures or architecture(job), *job.args.sweep]
     result = job.run("sweep", command)
     return result | {"state": state(result["rc"] == 0)}
@@ -237,30 +218,3 @@ def architecture(job: Job) -> str:
 def last_object(text: str) -> str:
     """The JSON object that a command printed, after whatever was warned of before."""
     return text[text.index("{\n") :]
-
-
-def benchmark_lines(result: Result) -> list[str]:
-    """A line for each workload: ours, and how many times longer some others take."""
-    lines = [f"copy: {result['copy']['gb_per_s']:.0f} GB/s"]
-    for name, found in result["workloads"].items():
-        rows = found.get("rows", {})
-        ours = rows.get("ranger", {})
-        if "ms" not in ours:
-            lines.append(f"{name:<22} not measured: {found.get('missing') or ours.get('missing')}")
-            continue
-        of_copy = ours["gb_per_s"] / result["copy"]["gb_per_s"]
-        others = {
-            who: f"{1 / row['ratio']:.2f}"
-            for who, row in rows.items()
-            if who != "ranger" and "ratio" in row
-        }
-        fresh = ours.get("fresh")
-        replayed = found.get("graph", {}).get("ranger", {}).get("ms")
-        lines.append(
-            f"{name:<22} {ours['ms']:.4f} ms ({of_copy:.1%} of copy), host {ours['host_ms']:.4f} ms"
-            + (f", new gradients {fresh['ms']:.4f} ms" if fresh else "")
-            + (f", graph {replayed:.4f} ms" if replayed else "")
-            + (f"; NOT VERIFIED: {found['verified']}" if found["verified"] != "yes" else "")
-        )
-        lines.append(f"{'':<22} " + ", ".join(f"{who} {x}" for who, x in others.items()))
-    return [*lines, "promises:", *result.get("promises", ["  the benchmark did not end"])]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from contestants import Step
-from step_time import CYCLE, run
+from .machine import run
 
+Step = Callable[[], object]
+CYCLE = 6  # Lookahead's period: every sample has as many syncs as every other
 BYTES_OF_A_CONTESTANT = 20  # for a parameter: itself, three states, and temporaries
 GPU_STATE = "pstate,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
@@ -63,7 +67,7 @@ def copy_bandwidth(device: torch.device) -> dict[str, Any]:
 
     By ``cudaMemcpy``, which is the baseline, and by a kernel that scales.
     """
-    size = 2**28 if device.type == "cuda" else 2**20  # float32 elements: 1 GiB
+    size = 2**28 if device.type == "cuda" else 2**22  # float32 elements: 1 GiB
     pairs = [(torch.randn(size, device=device), torch.empty(size, device=device)) for _ in range(3)]
     found: dict[str, Any] = {}
     calls: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -86,9 +90,33 @@ def copy_bandwidth(device: torch.device) -> dict[str, Any]:
 
 def fits(parameters: int, device: torch.device) -> bool:
     """Whether this many may be there at once, with all that belongs to them."""
-    if device.type != "cuda":
-        return parameters < 2**28
-    return parameters * BYTES_OF_A_CONTESTANT < 0.6 * torch.cuda.mem_get_info(device)[0]
+    return parameters * BYTES_OF_A_CONTESTANT < 0.6 * free_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    return int(found[1]) * 1024 if found else 2**33
+
+
+def allocated(step: Step, device: torch.device) -> int:
+    """Bytes of tensor memory that a whole cycle of steps asks for."""
+    if device.type == "cuda":
+        key = "allocated_bytes.all.allocated"
+        before = torch.cuda.memory_stats(device)[key]
+        for _ in range(CYCLE):
+            step()
+        return torch.cuda.memory_stats(device)[key] - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for _ in range(CYCLE):
+            step()
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
 
 
 def free_memory() -> None:

@@ -1,0 +1,1 @@
+"""Everything that a machine with a GPU can say of this clone: ``python -m benchmarks gpu``."""
