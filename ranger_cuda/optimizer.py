@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .hyperparameters import Hyperparameters
 from .interrupts import Deferred
 from .scaling import Scaling
 from .tensors import on_accelerator
+
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 class FusedOptimizer(Optimizer):
@@ -52,7 +54,7 @@ class FusedOptimizer(Optimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        backend: str | None,
+        backend: support.BackendName | None,
         state_dtype: torch.dtype,
         amp_scaling: bool,
         differentiable: bool,
@@ -76,6 +78,12 @@ class FusedOptimizer(Optimizer):
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
