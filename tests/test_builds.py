@@ -106,6 +106,7 @@ def test_an_emulation_s_key_follows_flags_compiler_and_python(monkeypatch):
     assert targets.emulation_key() == targets.emulation_key()
 
 
+@pytest.mark.slow
 def test_packages_that_pip_installs_anew_for_each_build_compile_nothing_anew(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     pytest.importorskip("tvm_ffi")
