@@ -8,8 +8,14 @@ help:
 install:  ## build in place, with everything that the other verbs need
 	$(PYTHON) -m pip install -e ".[train,test,lint]"
 
+build:  ## compile what has changed in C++ since, without what takes long; not for measuring
+	RANGER_QUICK=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+
 test:  ## run the tests
 	$(PYTHON) -m pytest
+
+quick:  ## run those that take under two minutes together
+	$(PYTHON) -m pytest -n auto -q -m "not slow and not ptx"
 
 ptx:  ## run what nvcc and Triton compile for each architecture on the CPU (long)
 	$(PYTHON) -m pytest -m ptx -n auto
@@ -34,4 +40,4 @@ experiments:  ## show again what the papers show (see docs/experiments/README.md
 gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
 	$(PYTHON) -m benchmarks gpu
 
-.PHONY: help install test ptx lint format bench experiments gpu
+.PHONY: help install build test quick ptx lint format bench experiments gpu

@@ -3,7 +3,8 @@
 The environment variable RANGER_BACKENDS chooses what is compiled: ``auto`` (the CPU kernels, and
 CUDA where nvcc is found), ``cuda`` (fail without nvcc), ``cpu``, or ``none`` (pure Python).
 RANGER_CUDA_ARCHITECTURES chooses the GPUs, as CMAKE_CUDA_ARCHITECTURES takes them, such as
-``90-real;75-virtual``; unset or empty: the data centre's, and PTX for all others.
+``90-real;75-virtual``; unset or empty: the data centre's, and PTX for all others. RANGER_QUICK=1
+leaves out link-time optimisation, for one who compiles often and does not measure.
 """
 
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,17 +28,29 @@ class CMakeBuild(build_ext):
             if shutil.which(tool) is None:
                 sys.exit(f"ranger_cuda: {tool} was not found; install it: pip install {tool}")
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = str(Path(self.build_temp).resolve())
-        options = [f"-DPython_EXECUTABLE={sys.executable}"]
+        root = Path(__file__).resolve().parent
+        quick = os.environ.get("RANGER_QUICK", "") not in ("", "0")
+        # Not setuptools' build_temp, which an editable install makes anew: what is as it was is not
+        # compiled again.
+        tag = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+        build = root / "build" / f"cmake-{tag}{'-quick' * quick}"
+        forget_configuration(build)
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DRANGER_QUICK={int(quick)}"]
         if architectures := os.environ.get("RANGER_CUDA_ARCHITECTURES"):
             options.append(f"-DRANGER_CUDA_ARCHITECTURES={architectures}")
-        source = str(Path(__file__).resolve().parent)
         for command in (
-            ["--fresh", "-G", "Ninja", "-S", source, "-B", build, *options],
-            ["--build", build],
-            ["--install", build, "--prefix", str(package.parent)],
+            ["-G", "Ninja", "-S", str(root), "-B", str(build), *options],
+            ["--build", str(build)],
+            ["--install", str(build), "--prefix", str(package.parent)],
         ):
             cmake(*command)
+
+
+def forget_configuration(build: Path) -> None:
+    """As ``cmake --fresh`` (a compiler may be new), but for what has been compiled."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for found in build.glob("CMakeFiles/[0-9]*"):
+        shutil.rmtree(found, ignore_errors=True)
 
 
 def cmake(*arguments: str) -> None:

@@ -1,5 +1,6 @@
 # pybind11 and dlpack.h, from the packages of the Python that builds. Both are build dependencies;
-# without build isolation they are what is installed.
+# without build isolation they are what is installed. They are copied to the build folder where they
+# differ: with isolation each build has them elsewhere, and everything would be compiled anew.
 
 # Sets ${result} to what a line of Python prints, or to "" if it fails.
 function(ranger_ask_python result code)
@@ -12,9 +13,18 @@ function(ranger_ask_python result code)
 endfunction()
 
 macro(ranger_find_pybind11)
-  ranger_ask_python(pybind11_dir "import pybind11; print(pybind11.get_cmake_dir())")
+  ranger_ask_python(pybind11_root "import pybind11, os; print(os.path.dirname(pybind11.__file__))")
+  if(EXISTS "${pybind11_root}/share/cmake/pybind11")
+    set(pybind11_copy "${CMAKE_CURRENT_BINARY_DIR}/pybind11")
+    file(GLOB_RECURSE pybind11_files RELATIVE "${pybind11_root}"
+      "${pybind11_root}/include/*" "${pybind11_root}/share/*")
+    foreach(file IN LISTS pybind11_files)
+      configure_file("${pybind11_root}/${file}" "${pybind11_copy}/${file}" COPYONLY)
+    endforeach()
+    set(pybind11_DIR "${pybind11_copy}/share/cmake/pybind11")
+  endif()
   set(PYBIND11_FINDPYTHON ON)
-  find_package(pybind11 CONFIG HINTS "${pybind11_dir}")
+  find_package(pybind11 CONFIG)
   if(NOT pybind11_FOUND)
     message(FATAL_ERROR "pybind11 was not found: pip install pybind11")
   endif()
@@ -32,8 +42,7 @@ function(ranger_find_dlpack)
         file(STRINGS "${folder}/${header}" exchange_api REGEX "struct DLPackExchangeAPI")
         if(exchange_api)
           # torch keeps the header under another name; include it as <dlpack/dlpack.h> all the same.
-          file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/dlpack/dlpack.h"
-            "#include \"${folder}/${header}\"\n")
+          configure_file("${folder}/${header}" "${CMAKE_CURRENT_BINARY_DIR}/dlpack/dlpack.h" COPYONLY)
           set(DLPACK_INCLUDE_DIR "${CMAKE_CURRENT_BINARY_DIR}" PARENT_SCOPE)
           message(STATUS "dlpack.h: ${folder}/${header}")
           return()

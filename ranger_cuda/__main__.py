@@ -1,4 +1,4 @@
-"""``python -m ranger_cuda``: see :mod:`ranger_cuda.cli`."""
+"""``python -m ranger_cuda``, and the command ``ranger-cuda``: see :mod:`ranger_cuda.cli`."""
 
 from .cli import main
 

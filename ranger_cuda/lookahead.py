@@ -6,7 +6,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .step.algorithms import LOOKAHEAD, is_at_rest, members
 from .step.dispatch import Dispatcher
 from .step.inner_step import InnerStep
 from .step.interrupts import Deferred
-from .step.optimizer import FusedOptimizer
+from .step.optimizer import FusedOptimizer, Loss
 from .step.slow_weights import SlowWeights
 
 
@@ -56,14 +56,29 @@ class Lookahead(SlowWeights, Optimizer):
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
         ValueError: an argument is out of range, or ``optimizer`` has slow weights already, or
             saves none of the state that is kept with it (ZeroRedundancyOptimizer).
-        RuntimeError: the requested backend cannot run on this machine.
+        RuntimeError: the requested backend cannot run on this machine; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from ranger_cuda import Lookahead
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = Lookahead(torch.optim.AdamW(model.parameters(), lr=2e-3), k=6, alpha=0.5)
+        >>> model(torch.randn(32, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> with optimizer.slow_weights():
+        ...     validation_loss = model(torch.randn(32, 4)).square().mean()
     """
 
     optimizer: Optimizer
     _options: dict[str, Any]
 
     def __init__(
-        self, optimizer: Optimizer, k: int = 6, alpha: float = 0.5, *, backend: str | None = None
+        self,
+        optimizer: Optimizer,
+        k: int = 6,
+        alpha: float = 0.5,
+        *,
+        backend: support.BackendName | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -156,6 +171,12 @@ class Lookahead(SlowWeights, Optimizer):
         return f"Lookahead (k: {k}, alpha: {alpha})\n{self.optimizer!r}"
 
     # --- the step ---------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step of the inner optimizer, and every ``k`` of them a pull to slow weights.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .backends.support import BackendName
 from .step import algorithms
 from .step.optimizer import FusedOptimizer
 
@@ -22,47 +23,62 @@ class RAdam(FusedOptimizer):
     Args:
         params: parameters, named parameters or parameter groups. float32, float64, complex64 and
             complex128 have kernels on the CPU and on GPUs; bfloat16, float16 and other devices are
-            moved by the reference backend.
+            moved by the reference backend, one parameter at a time.
         lr: learning rate, at least 0; a number or a 1-element tensor. A tensor on a GPU is read
             there, at every step and every replay of a CUDA graph; it is not checked.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the square root of the second moment, before bias correction as in
             ``torch.optim.RAdam``; above 0.
         weight_decay: at least 0.
-        decoupled_weight_decay: False: added to the gradient (L2). True: the parameter is
-            multiplied by ``1 - lr * weight_decay`` (Loshchilov and Hutter, arXiv:1711.05101).
-        rho_threshold: rectify when the length of the approximated SMA, rho_t, is above this. 4 as
-            in the paper; 5 is ``torch.optim.RAdam``'s; not below 4.
+        decoupled_weight_decay: True: the parameter is multiplied by ``1 - lr * weight_decay``
+            (Loshchilov and Hutter, arXiv:1711.05101). False: ``weight_decay * p`` is added to the
+            gradient (L2).
+        rho_threshold: rectify when the length of the approximated SMA, rho_t, is above this; at
+            least 4, as in the paper; 5 is ``torch.optim.RAdam``'s.
         maximize: ascend instead of descend.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact" keeps what rounding takes in
             the state (``residual``, int16; ``master``, float32); "nearest" loses it, as plain
             PyTorch does.
-        state_dtype: of the moments; float32 (float64 parameters keep float64).
+        state_dtype: of the moments; ``torch.float32`` (float64 parameters keep float64).
         max_grad_norm: scale gradients down so that the 2-norm of all of the optimizer's gradients
-            is at most this; None: no clipping. The gradients themselves are not written. The norm
-            is over all ranks for DTensors (FSDP2, tensor parallelism) only. Where a rank's
-            optimizer has plain tensors that are a part of the model, every rank would clip by a
-            norm of its own: it is refused for FullyShardedDataParallel, whose
+            is at most this; above 0, or None: no clipping. The gradients themselves are not
+            written. The norm is over all ranks for DTensors (FSDP2, tensor parallelism) only. Where
+            a rank's optimizer has plain tensors that are a part of the model, every rank would clip
+            by a norm of its own: it is refused for FullyShardedDataParallel, whose
             ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
             with an optimizer for each parameter, leave it None and call
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
-        foreach, fused, capturable: taken so that existing calls go on to work; every step here is
-            fused, and they change nothing.
-        differentiable: not supported.
+        foreach: taken so that existing calls go on to work; it changes nothing.
+        fused: the same; every step here is fused.
+        capturable: the same; every step on a GPU can be captured in a CUDA graph.
+        differentiable: not supported; True is an error.
 
     Every argument from ``lr`` to ``maximize``, ``weight_rounding`` and ``max_grad_norm`` may be set
     for each parameter group.
 
     State of a parameter: ``step`` (float32 scalar, on the CPU or where the kernels run),
-    ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape).
+    ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape): 8 bytes a float32 parameter.
 
     Raises:
         ValueError: an argument is out of range; the message says what would be right.
-        RuntimeError: the requested backend cannot run on this machine.
+        TypeError: a hyperparameter is no number, or ``params`` holds what is no tensor.
+        RuntimeError: the requested backend cannot run on this machine; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from ranger_cuda import RAdam
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = RAdam(model.parameters(), lr=1e-3, weight_decay=0.01)
+        >>> inputs, targets = torch.randn(32, 4), torch.randn(32, 1)
+        >>> for _ in range(12):
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        ...     loss.backward()
+        ...     optimizer.step()
     """
 
     _algorithm = algorithms.RADAM
@@ -78,7 +94,7 @@ class RAdam(FusedOptimizer):
         *,
         rho_threshold: float = 4.0,
         maximize: bool = False,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         weight_rounding: str = "exact",
         state_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,

@@ -1,7 +1,8 @@
 """Property-based tests: no deadlines, for busy machines; the same examples every time in CI.
 
 ``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that run translated PTX and
-that only ``make ptx`` runs: the parity tests run it for one architecture in any case."""
+that only ``make ptx`` runs: the parity tests run it for one architecture in any case. `make quick`
+leaves out those that are ``slow``."""
 
 import os
 import sys
@@ -22,6 +23,26 @@ from builds import shared_folder
 from expendable import Expendable
 from targets import ALL_COMPILED, ALL_NAMES, COMPILED, NAMES, open_target
 
+# Modules of tests that compile, start processes that import torch, or train.
+SLOW = {
+    "test_address_sanitizer",
+    "test_benchmarks",
+    "test_checkpoint_mutations",
+    "test_cuda_kernels",
+    "test_cuda_resources",
+    "test_cuda_scale",
+    "test_distributed",
+    "test_experiments",
+    "test_interrupts",
+    "test_ptx",
+    "test_ptx_kernels",
+    "test_random_operations",
+    "test_train_cli",
+    "test_triton",
+    "test_triton_launch",
+}
+SLOW_PLACES = {"interpreted", *ALL_COMPILED}
+
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
 
@@ -29,6 +50,7 @@ settings.load_profile("here")
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a GPU, and is skipped where there is none")
     config.addinivalue_line("markers", "ptx: runs what is compiled on the CPU, and takes long")
+    config.addinivalue_line("markers", "slow: takes long; `make quick` leaves it out")
     shared_folder()  # which the processes that run tests inherit
 
 
@@ -42,6 +64,8 @@ def pytest_collection_modifyitems(items):
         compiled = {*ALL_COMPILED} & {*places, given.get("elsewhere")}
         if compiled and not (item.path.stem == "test_parity" and compiled <= {*COMPILED}):
             item.add_marker("ptx")
+        if item.path.stem in SLOW or SLOW_PLACES & {*places, given.get("elsewhere")}:
+            item.add_marker("slow")
 
 
 @pytest.fixture(params=["emulated", "cuda", "interpreted", "triton", *ALL_COMPILED])

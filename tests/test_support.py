@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -141,3 +142,36 @@ def test_info_has_every_backend_with_a_step_or_a_cause(capsys):
 
 def test_torch_and_the_extension_share_one_openmp_runtime():
     assert len(info.openmp_runtimes()) <= 1
+
+
+NO_DRIVER = (
+    "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed "
+    "a driver from http://www.nvidia.com/Download/index.aspx"
+)
+
+
+@pytest.mark.parametrize("built", ["13.0", ""])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_torch_for_cuda_without_a_driver_is_told_so(monkeypatch, backend, built):
+    if isinstance(support.extension(), support.Obstacle):
+        pytest.skip(support.extension().cause)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def init():
+        raise RuntimeError(NO_DRIVER)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    found = ModuleType("_C")
+    found.build_info = lambda: {"cuda": built, "cuda_reason": "no nvcc"}
+    monkeypatch.setattr(support, "extension", lambda: found)
+    support._triton_obstacle.cache_clear()
+    try:
+        cause, fix = support.obstacle(backend)
+    finally:
+        support._triton_obstacle.cache_clear()
+    if "Triton" in cause:
+        pytest.skip(cause)
+    assert f"torch {torch.__version__} was built for CUDA 13.0, but finds no driver" in cause
+    assert cause.endswith("Found no NVIDIA driver on your system")
+    assert "install NVIDIA's driver" in fix

@@ -9,7 +9,7 @@ import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ..state import formats
 DIAGNOSTIC = "python -m ranger_cuda info"
 _HERE = Path(__file__).parents[1].resolve()  # the package
 BUILD_ANEW = "in a clone: pip install --force-reinstall --no-deps ."
+
+
+BackendName = Literal["cuda", "triton", "cpu", "reference"]
 
 
 class Backend(NamedTuple):
@@ -115,18 +118,14 @@ def obstacle(name: str) -> Obstacle | None:
 
 @functools.cache
 def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
+    if not torch.cuda.is_available():
+        return _no_gpu("CUDA device")  # before what is needed to build for one
     built = extension.build_info()
     if not built["cuda"]:
         return Obstacle(
             f"the extension has no CUDA kernels: {built['cuda_reason']}",
             "install the CUDA toolkit (nvcc 12.1 or newer), then build anew with "
             f"RANGER_BACKENDS=cuda, {BUILD_ANEW}",
-        )
-    if not torch.cuda.is_available():
-        return Obstacle(
-            f"torch {torch.__version__} finds no CUDA device",
-            "install a build of torch for CUDA, see https://pytorch.org/get-started/locally/, and "
-            "look at what nvidia-smi says",
         )
     if not built["cuda_device"]["devices"]:
         return Obstacle(
@@ -135,6 +134,27 @@ def _cuda_obstacle(extension: ModuleType) -> Obstacle | None:
             f"{built['cuda']}",
         )
     return None
+
+
+def _no_gpu(what: str) -> Obstacle:
+    """Why torch finds no GPU."""
+    if torch.version.cuda is None:
+        return Obstacle(
+            f"torch {torch.__version__} finds no {what}",
+            "install a build of torch for your GPU, see https://pytorch.org/get-started/locally/",
+        )
+    try:
+        torch.cuda.init()
+        reason = "no GPU is visible"
+    except RuntimeError as error:  # it tells a missing driver from an old one and from no GPU
+        reason = str(error).strip().split(". ")[0].rstrip(".")
+    return Obstacle(
+        f"torch {torch.__version__} was built for CUDA {torch.version.cuda}, but finds no driver "
+        f"or no GPU here: {reason}",
+        "install NVIDIA's driver, or a newer one, until nvidia-smi lists the GPU (in a container, "
+        "start it with --gpus all), and see that CUDA_VISIBLE_DEVICES does not hide it; the CPU "
+        "backend works without",
+    )
 
 
 @functools.cache
@@ -155,10 +175,7 @@ def _triton_obstacle() -> Obstacle | None:
             f"install Triton {least[0]}.{least[1]} or newer",
         )
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
-        return Obstacle(
-            f"torch {torch.__version__} finds no GPU",
-            "install a build of torch for your GPU, see https://pytorch.org/get-started/locally/",
-        )
+        return _no_gpu("GPU")
     if torch.xpu.is_available() and not torch.xpu.get_device_properties().has_fp64:
         return Obstacle(
             f"{torch.xpu.get_device_name()} has no float64, in which a step's scalars are computed",
@@ -186,7 +203,7 @@ def device_type_here(backend: Backend) -> str:
     return next(device for device in backend.devices or ("cpu",) if device in here)
 
 
-def check_backend(name: str | None) -> None:
+def check_backend(name: BackendName | None) -> None:
     """Raise unless ``name`` is None or a backend that runs on this machine.
 
     Raises:

@@ -11,7 +11,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from .errors import CommandError
+from .interrupt import QuickExit
 
 SUBCOMMANDS = {
     "info": "what was built, what runs here, and why something does not",
@@ -22,8 +24,20 @@ SUBCOMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m ranger_cuda", description=__doc__)
+    try:
+        return _run(argv)
+    except CommandError as error:
+        print(f"python -m ranger_cuda {argv[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ranger_cuda")
     parser.description = "Ranger (RAdam + Lookahead) as one fused step for PyTorch."
+    parser.add_argument("--version", action="version", version=f"ranger_cuda {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     module = None
     for name, summary in SUBCOMMANDS.items():
@@ -31,15 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary[0].upper() + summary[1:] + "."
         )
         if argv[:1] == [name]:
-            module = importlib.import_module(f".{name}", __name__)
+            with QuickExit():
+                module = importlib.import_module(f".{name}", __name__)
             module.add_arguments(subparser)
     args = parser.parse_args(argv)
     assert module is not None  # argparse has refused every other first argument
-    try:
-        return module.run(args)
-    except CommandError as error:
-        print(f"python -m ranger_cuda {args.subcommand}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    return module.run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import platform
@@ -41,7 +42,7 @@ class Corpus(NamedTuple):
 
 
 def load(data: str, max_bytes: int, context: int, exclude: Collection[Path]) -> Corpus:
-    """Read the text: ``"stdlib"``, a file, or every text file in a folder.
+    """Read the text: ``"stdlib"``, a file, or every text file (UTF-8, no zero bytes) in a folder.
 
     Args:
         data: the standard library's source, or a path.
@@ -50,7 +51,7 @@ def load(data: str, max_bytes: int, context: int, exclude: Collection[Path]) -> 
         exclude: files to leave out of a folder of text: those that the run itself writes.
 
     Raises:
-        CommandError: there is no text, or too little.
+        CommandError: there is no text, or too little, or the file is none.
     """
     if data == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -133,12 +134,28 @@ def _read(files: list[Path], root: Path, max_bytes: int) -> tuple[bytearray, int
                 content = file.read(max_bytes - len(text))
         except OSError as error:
             raise CommandError(f"cannot read {path}: {error.strerror}") from error
-        if content and b"\0" not in content:  # a zero byte: not text
+        why_not = _why_no_text(content, is_whole=len(text) + len(content) < max_bytes)
+        if why_not and path == root:
+            raise CommandError(
+                f"--data {path} is no text: {why_not}; give a file in UTF-8, or a folder of them"
+            )
+        if content and not why_not:
             text += content
             used += 1
         if len(text) == max_bytes:
             break
     return text, used
+
+
+def _why_no_text(content: bytes, is_whole: bool) -> str:
+    """Why these bytes, to the end of a file or not, are no text; empty if they are."""
+    if (zero := content.find(0)) >= 0:
+        return f"it has a zero byte, at {zero:,}"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(content, final=is_whole)
+    except UnicodeDecodeError as error:
+        return f"byte {content[error.start]:#04x} at {error.start:,} is not UTF-8"
+    return ""
 
 
 def _windows(tokens: Tensor, starts: list[int], context: int) -> Batch:

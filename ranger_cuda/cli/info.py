@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import platform
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -38,11 +38,11 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "openmp_runtimes": openmp_runtimes(),
         "extension": built,
-        "backends": [backend_row(name) for name in support.BACKENDS],
+        "backends": [backend_row(name) for name in get_args(support.BackendName)],
     }
 
 
-def backend_row(name: str) -> dict[str, str]:
+def backend_row(name: support.BackendName) -> dict[str, str]:
     """One backend: whether it works here, tried out with a real step, and if not, why."""
     backend = support.BACKENDS[name]
     what = f"{backend.what} ({support.describe(backend)})"
@@ -53,7 +53,7 @@ def backend_row(name: str) -> dict[str, str]:
     return {**row, "step": try_step(name)}
 
 
-def try_step(backend: str) -> str:
+def try_step(backend: support.BackendName) -> str:
     """Take one step and look at what it did."""
     device = support.device_type_here(support.BACKENDS[backend])
     param = torch.nn.Parameter(torch.ones(5, device=device))

@@ -1,9 +1,11 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Ctrl-C before the training, and Ctrl-C and SIGTERM as a request to stop after a step."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupt:
@@ -46,3 +48,35 @@ class Interrupt:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class QuickExit:
+    """Within the context, for imports, Ctrl-C ends the process with one line.
+
+    Not by an exception: an import may take it for its own failure, and what it calls back may have
+    it printed and forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        try:
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in nohup and &
+                self._previous = signal.signal(signal.SIGINT, self._exit)
+        except ValueError:  # not the main thread, which alone has handlers
+            pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    @staticmethod
+    def _exit(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"Interrupted.\n")
+        os._exit(130)

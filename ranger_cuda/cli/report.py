@@ -45,8 +45,10 @@ _COLUMNS = (
 # What the table's headings leave out.
 LEGEND = f"""\
 Losses are in nats per byte. Train: the mean of the last {SMOOTHING} steps. Val.: on
-held-out text. Slow val.: the same with Lookahead's slow weights. Optimizer step:
-the median time of optimizer.step().
+held-out text, with the weights as the last step left them. Slow val.: the same
+with Lookahead's slow weights, which are what it trains: where there is a slow
+val. loss, compare that with the others' val. loss. Optimizer step: the median
+time of optimizer.step().
 """
 
 

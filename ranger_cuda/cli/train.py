@@ -14,7 +14,7 @@ import torch
 from . import checkpoint, corpus, settings
 from .errors import CommandError
 from .flags import DEFAULT_OUT, add_arguments
-from .interrupt import Interrupt
+from .interrupt import Interrupt, QuickExit
 from .settings import Settings
 from .training import Run, reproducible, train
 
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = settings.resume(saved["settings"], vars(args))
     else:
         chosen = settings.resolve(vars(args))
-    from . import report
+    with QuickExit():
+        from . import report
 
     own_files = [*checkpoint.files_in(out), *report.files_in(out)]
     text = corpus.load(chosen.data, chosen.max_bytes, chosen.context, exclude=own_files)
@@ -50,10 +51,11 @@ def _train_and_report(
     text: corpus.Corpus,
     saved: dict[str, Any] | None,
 ) -> int:
-    from rich.console import Console
+    with QuickExit():
+        from rich.console import Console
 
-    from . import report
-    from .progress import Display
+        from . import report
+        from .progress import Display
 
     console = Console()
     runs = [Run(name, chosen) for name in chosen.optimizers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from .algorithms import Algorithm
 from .clipping import total_norm
 from .dispatch import Dispatcher
 from .interrupts import Deferred
+
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 class FusedOptimizer(Optimizer):
@@ -54,7 +56,7 @@ class FusedOptimizer(Optimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        backend: str | None,
+        backend: support.BackendName | None,
         state_dtype: torch.dtype,
         amp_scaling: bool,
         differentiable: bool,
@@ -83,6 +85,12 @@ class FusedOptimizer(Optimizer):
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.

@@ -28,6 +28,10 @@ class SlowWeights:
             with optimizer.slow_weights():
                 validate(model)
 
+        BatchNorm's running statistics stay those of the fast weights: run some batches first, with
+        ``torch.optim.swa_utils.update_bn(batches, model)`` within the context. They stay as that
+        leaves them, and training updates them as ever.
+
         Under FSDP2 (``fully_shard``) it is ``optimizer.slow_weights(model)``, with the whole model
         that the optimizer trains. What its modules have gathered is freed at both ends, so that no
         forward pass takes it for the weights of now.
