@@ -64,7 +64,7 @@ class Ranger(SlowWeights, FusedOptimizer):
             ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
             with an optimizer for each parameter, leave it None and call
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
-        amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflown
+        amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
         foreach: taken so that existing calls go on to work; it changes nothing.
         fused: the same; every step here is fused.

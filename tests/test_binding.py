@@ -197,6 +197,7 @@ def test_a_roster_or_a_launcher_that_is_in_use_refuses(monkeypatch):
     assert [made.state[param]["step"].item() for param in made.params] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_well_with_a_roster_that_holds_a_step():
     program = (
         "import torch\n"

@@ -31,7 +31,6 @@ runpy.run_module("ranger_cuda", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("moment", ["torch", "torch.optim", "matplotlib", "rich.console", "text"])
 def test_ctrl_c_before_the_training_is_one_line(tmp_path: Path, moment: str) -> None:

@@ -91,7 +91,6 @@ def test_the_command_ranger_cuda_is_there(environment: Path) -> None:
     assert done.stdout == f"ranger_cuda {ranger_cuda.__version__}\n", done.stderr
 
 
-@pytest.mark.slow
 def test_mypy_strict_takes_a_user_s_script_and_finds_what_is_wrong(
     environment: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def check_every_bit(target, drawn, seed, steps):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.slow
 def test_large_tensors_cut_into_chunks_are_the_reference_s(target, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1_000_003,), (16384,), (16385,), (2, 16384), (500, 700), (3,)]
