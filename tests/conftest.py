@@ -27,7 +27,7 @@ from targets import ALL_COMPILED, ALL_NAMES, COMPILED, NAMES, open_target
 SLOW = {
     "test_address_sanitizer",
     "test_benchmarks",
-    "test_benchmark_step",
+    "test_benchmark_results",
     "test_checkpoint_mutations",
     "test_cli",
     "test_cuda_kernels",
