@@ -163,7 +163,7 @@ def test_a_failing_call_of_cuda_is_an_exception_that_names_it():
         torch.Tensor.__dlpack_c_exchange_api__, RANGER.streams, "step", DTensor, plain, plain_grad
     )
     launcher = extension.CudaLauncher(extension.Rule.RADAM, 0, 0)
-    with pytest.raises(RuntimeError, match=r"^cuda\w+: .*\(error \d+, cudaError\w+\)"):
+    with pytest.raises(RuntimeError, match=r"^cu\w+: .*\(error \d+, cudaError\w+\)"):
         launcher.prepare(roster)
 
 
