@@ -206,8 +206,10 @@ class Lookahead(SlowWeights, Optimizer):
             its.run_pre_hooks()  # which may make gradients, or drop them
             cycle = self._begin(its.has_closure)
             result = its.run()
-            self._pull(cycle)
-            its.run_post_hooks()
+            try:
+                its.run_post_hooks()
+            finally:  # whatever they raise, the step was one of the cycle
+                self._pull(cycle)
         return result
 
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.

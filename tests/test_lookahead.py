@@ -338,7 +338,7 @@ def raising(*_):
     raise StopIteration
 
 
-def test_an_error_in_a_post_hook_of_the_inner_optimizer_comes_after_the_pull():
+def test_an_error_in_a_post_hook_of_the_inner_optimizer_loses_no_pull():
     params = random_params(*SHAPES)
     optimizer = Lookahead(optim.SGD(params, lr=0.1), k=1, alpha=0.0)
     before = [bytes_of(p) for p in params]
@@ -347,6 +347,18 @@ def test_an_error_in_a_post_hook_of_the_inner_optimizer_comes_after_the_pull():
         train(optimizer, params, [0])
     assert [bytes_of(p) for p in params] == before
     assert all(optimizer.state[p]["lookahead_step"] == 1.0 for p in params)
+
+
+def test_hooks_of_the_inner_optimizer_see_its_own_step():
+    params, others = random_params(*SHAPES), random_params(*SHAPES)
+    optimizer = Lookahead(optim.SGD(params, lr=0.1), k=1, alpha=0.0)
+    seen = []
+    optimizer.optimizer.register_step_post_hook(
+        lambda *_: seen.extend(p.detach().clone() for p in params)
+    )
+    train(optimizer, params, [0])
+    train(optim.SGD(others, lr=0.1), others, [0])
+    assert same(seen, [p.detach() for p in others])
 
 
 @pytest.mark.parametrize("make", [optim.Adam, lambda p: optim.SGD(p, lr=0.1), RAdam])
