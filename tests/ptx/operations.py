@@ -101,7 +101,8 @@ def conversions() -> Iterator[tuple[str, Operation]]:
     rounded = [("f32", "f64")] + [(to, of) for to in FLOATS for of in INTEGERS]
     for to, of in rounded:
         yield f"cvt.rn.{to}.{of}", Operation(f"static_cast<{to}>({{0}})", (of,), to)
-    yield "cvt.f32.f16", Operation("from_half({0})", ("b16",), "f32")
+    for to in FLOATS:
+        yield f"cvt.{to}.f16", Operation("from_half({0})", ("b16",), to)
     yield "cvt.f64.f32", Operation("static_cast<f64>({0})", ("f32",), "f64")
     yield "cvt.rzi.s64.f32", Operation("truncate({0})", ("f32",), "s64")
 
