@@ -372,19 +372,19 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     assert streams.recorded == {(address, "second") for address in on_device}
 
 
-def test_what_a_step_is_told_never_overwrites_what_is_on_its_way(interpreted, monkeypatch):
+def test_a_step_s_inputs_never_overwrite_those_on_their_way(interpreted, monkeypatch):
     params = with_gradients(torch.randn(5))
     optimizer = Ranger(params, backend="triton")
     hosts = []
-    tell = triton_tables.DeviceTables._tell
+    upload = triton_tables.DeviceTables._upload
 
     def watched(tables, words):
-        host, before = tables._host, tables._told
-        found = tell(tables, words)
-        hosts.append((host, tables._told is not before))
+        host, before = tables._host, tables._last_inputs
+        found = upload(tables, words)
+        hosts.append((host, tables._last_inputs is not before))
         return found
 
-    monkeypatch.setattr(triton_tables.DeviceTables, "_tell", watched)
+    monkeypatch.setattr(triton_tables.DeviceTables, "_upload", watched)
     for _ in range(4):
         params[0].grad = torch.randn(5)
         optimizer.step()
