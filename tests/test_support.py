@@ -1,4 +1,4 @@
-"""The support table is true, and what cannot run says why and what would mend it."""
+"""The support table is true, and what cannot run says why and what would fix it."""
 
 from __future__ import annotations
 

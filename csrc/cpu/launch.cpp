@@ -15,16 +15,10 @@ constexpr int64_t kPieceSize = 2048;
 
 // A thread's room for one stream's copies, kept from step to step.
 template <typename T>
-struct Scratch {
-  T values[kPieceSize];
-  alignas(8) char stored[kPieceSize * 8];
-};
-
-template <typename T>
-Scratch<T>& scratch(Stream stream) {
-  thread_local std::unique_ptr<Scratch<T>[]> room;
-  if (!room) room.reset(new Scratch<T>[kStreams]);
-  return room[stream];
+T* scratch(Stream stream) {
+  thread_local std::unique_ptr<T[]> room;
+  if (!room) room.reset(new T[kStreams * kPieceSize]);
+  return room.get() + stream * kPieceSize;
 }
 
 // One stream of some elements as values side by side: the tensor's own memory, or a copy.
@@ -37,14 +31,14 @@ class Values {
       values_ = row.data[stream] == nullptr ? nullptr : reinterpret_cast<T*>(consecutive());
       return;
     }
-    Scratch<T>& room = scratch<T>(stream);
-    values_ = room.values;
-    const void* from = consecutive();
+    values_ = scratch<T>(stream);
     if (is_strided()) {
-      for_each_element([](auto& element, auto& copy) { copy = element; });
-      from = room.stored;
+      for_each_element([](auto& element, T& value) {
+        value = Plain<std::decay_t<decltype(element)>>::template decode<T>(element);
+      });
+    } else {
+      kernels_of<T>().decode[static_cast<int>(dtype())](consecutive(), values_, chunk.count);
     }
-    kernels_of<T>().decode[static_cast<int>(dtype())](from, values_, chunk.count);
   }
 
   T* data() const { return values_; }
@@ -52,9 +46,15 @@ class Values {
   // Puts a copy's values back; nothing to do for a tensor's own memory.
   void write_back() const {
     if (values_ == nullptr || is_own()) return;
-    void* const to = is_strided() ? scratch<T>(stream_).stored : consecutive();
-    kernels_of<T>().encode[static_cast<int>(dtype())](values_, to, chunk_.count);
-    if (is_strided()) for_each_element([](auto& element, auto& copy) { element = copy; });
+    if (is_strided()) {
+      for_each_element([](auto& element, T& value) {
+        using Stored = std::decay_t<decltype(element)>;
+        // Nothing is stored in 16 bits yet: see kernels.cpp.
+        if constexpr (std::is_arithmetic_v<Stored>) element = Plain<Stored>::encode(value);
+      });
+    } else {
+      kernels_of<T>().encode[static_cast<int>(dtype())](values_, consecutive(), chunk_.count);
+    }
   }
 
  private:
@@ -68,14 +68,13 @@ class Values {
     return static_cast<char*>(row_.data[stream_]) + chunk_.begin * info_of(dtype()).item_size;
   }
 
-  // Calls visit(element, copy) for each element and its place in the copies of what is stored.
+  // Calls visit(element, value) for each element and its place in the copy.
   template <class Visit>
   void for_each_element(const Visit& visit) const {
     by_dtype(dtype(), [&](auto zero) {
       auto* const base = static_cast<decltype(zero)*>(row_.data[stream_]);
-      auto* const copies = reinterpret_cast<decltype(zero)*>(scratch<T>(stream_).stored);
       for_each_offset(row_.layout->sizes, row_.layout->strides[stream_], chunk_.begin, chunk_.count,
-                      [&](int64_t i, int64_t offset) { visit(base[offset], copies[i]); });
+                      [&](int64_t i, int64_t offset) { visit(base[offset], values_[i]); });
     });
   }
 

@@ -59,7 +59,7 @@ BACKENDS = {
 
 
 class Obstacle(NamedTuple):
-    """Why a backend cannot run here, and what would mend it."""
+    """Why a backend cannot run here, and what would fix it."""
 
     cause: str
     fix: str
@@ -208,7 +208,7 @@ def check_backend(name: BackendName | None) -> None:
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: there is, and it cannot run here; says why and what would mend it.
+        RuntimeError: there is, and it cannot run here; says why and what would fix it.
     """
     if name is None:
         return

@@ -1,4 +1,4 @@
-"""``python -m ranger_cuda info``: what runs on this machine, and what would mend the rest."""
+"""``python -m ranger_cuda info``: what runs on this machine, and what would fix the rest."""
 
 from __future__ import annotations
 
