@@ -171,7 +171,8 @@ def kernels_compiled_for(architecture: int) -> ModuleType:
 
 @functools.cache
 def load(binary: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emulated._C", binary)
+    # A name of its own: pybind11 gives the module that it made first under a name once more.
+    spec = importlib.util.spec_from_file_location(f"{binary}._C", binary)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -19,7 +19,14 @@ from ptx.device import device
 from ptx.translate import Untranslatable
 from ranger_cuda import Ranger
 from ranger_cuda.backends import triton_kernels, triton_tables
-from targets import fresh_kernels, open_target, triton_on_the_cpu
+from targets import (
+    compiled_binary,
+    emulated_binary,
+    fresh_kernels,
+    load,
+    open_target,
+    triton_on_the_cpu,
+)
 
 ARCHITECTURE = 90
 CHUNK = 8192
@@ -74,6 +81,11 @@ def check(backend, bounded=False):
             first.step()
         second.step()
         assert_same(first, second, a, b, f"step {step}")
+
+
+def test_a_process_that_has_the_emulated_extension_runs_the_compiled_one_too():
+    binaries = emulated_binary(), compiled_binary()
+    assert [Path(load(binary).__file__) for binary in binaries] == [*binaries]
 
 
 # --- planted defects -----------------------------------------------------------------------------
