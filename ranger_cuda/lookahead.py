@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backends import support
-from .state import checkpoint, formats, hyperparameters
+from .state import checkpoint, hyperparameters
 from .state.checkpoint import is_step_tensor, step_tensor
 from .state.hyperparameters import Hyperparameters
-from .state.tensors import check_param, is_capturing
+from .state.new_state import new_slow_weight
+from .state.tensors import check_param, is_capturing, local
 from .step.algorithms import LOOKAHEAD, is_at_rest, members
 from .step.dispatch import Dispatcher
 from .step.inner_step import InnerStep
@@ -231,8 +232,8 @@ class Lookahead(SlowWeights, Optimizer):
         ]
         unmoved = self._dispatcher.unmoved
         lacking = [
-            (param, name)
-            for (param, _, name), moves in zip(found, may_move, strict=True)
+            (param, group, name)
+            for (param, group, name), moves in zip(found, may_move, strict=True)
             if moves and ("slow_param" not in self.state.get(param, {}) or param in unmoved)
         ]
         if lacking and is_capturing():
@@ -240,15 +241,21 @@ class Lookahead(SlowWeights, Optimizer):
                 "slow weights made in a capture would be made anew at every replay of the CUDA "
                 "graph: take a step with lr above 0 before the capture"
             )
-        for param, name in lacking:
+        for param, _, name in lacking:
             check_param(param, name)
+            support.choose(self._options["backend"], local(param), name)
         with torch.inference_mode(False):  # what is made in it could not be written outside
-            first = {param: formats.slow_part(param.dtype).new(param) for param, _ in lacking}
+            first = {
+                param: new_slow_weight(
+                    LOOKAHEAD.format_of(param, groups[group]), param, self.state.get(param, {})
+                )
+                for param, group, _ in lacking
+            }
         state = self.state
         if first:  # as if they were there
             state = {param: {**state.get(param, {})} for param, _, _ in found}
             for param, slow in first.items():
-                state[param]["slow_param"] = slow
+                state[param].update(slow)
         dispatcher = self._dispatcher
         try:
             # What does not fit, or cannot be had, raises before the inner optimizer's step.
@@ -272,7 +279,7 @@ class Lookahead(SlowWeights, Optimizer):
         for (param, group, _), moves in zip(members(cycle.groups), moved, strict=True):
             if moves and param in cycle.first:
                 # Not before: an empty state is how optimizers know a parameter's first step.
-                self.state[param]["slow_param"] = cycle.first[param]
+                self.state[param].update(cycle.first[param])
                 if is_at_rest(cycle.groups[group]):
                     unmoved.add(param)
                 else:
@@ -356,11 +363,12 @@ class Lookahead(SlowWeights, Optimizer):
                 groups.append({**known, **hyperparameters.with_whole_period(saved)})
                 self._check_group(groups[-1])
         inner, ours = checkpoint.split_state(state_dict["state"], params, strict)
-        restored = {
-            param: checkpoint.restore_state(param, ours[key])
-            for key, param in params.items()
-            if ours.get(key)
-        }
+        restored = {}
+        for i, group in enumerate(groups):
+            for key in filter(ours.get, group["params"]):
+                with checkpoint.naming(i):
+                    format = LOOKAHEAD.format_of(params[key], group)
+                restored[params[key]] = checkpoint.restore_state(params[key], ours[key], format)
         options = (
             {} if strict or not isinstance(self.optimizer, FusedOptimizer) else {"strict": False}
         )
@@ -398,7 +406,7 @@ class Cycle(NamedTuple):
     hypers: list[Hyperparameters]
     may_move: list[bool]  # for each parameter
     any_may_move: bool  # those that get a gradient meanwhile
-    first: dict[Tensor, Tensor]  # the slow weights of parameters that have none
+    first: dict[Tensor, dict[str, Tensor]]  # the slow weights of parameters that have none
 
 
 def _zero_redundancy_optimizer() -> Any:
@@ -421,4 +429,5 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         max_grad_norm=math.inf,
         decoupled_weight_decay=False,
         maximize=False,
+        seed=group.get("seed", 0),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .backends.support import BackendName
+from .state.formats import StateDType
 from .step import algorithms
 from .step.optimizer import FusedOptimizer
 from .step.slow_weights import SlowWeights
@@ -31,9 +32,9 @@ class Ranger(SlowWeights, FusedOptimizer):
             validate(model)
 
     Args:
-        params: parameters, named parameters or parameter groups. float32, float64, complex64 and
-            complex128 have kernels on the CPU and on GPUs; bfloat16, float16 and other devices are
-            moved by the reference backend, one parameter at a time.
+        params: parameters, named parameters or parameter groups. float32, float64, bfloat16,
+            float16, complex64 and complex128 have kernels on the CPU and on GPUs; on other devices
+            the reference backend moves them, one at a time.
         lr: learning rate, at least 0; a number or a 1-element tensor. A tensor on a GPU is read
             there, at every step and every replay of a CUDA graph; it is not checked. In
             the project's experiments the best was 4 to 8 times AdamW's.
@@ -52,10 +53,17 @@ class Ranger(SlowWeights, FusedOptimizer):
         maximize: ascend instead of descend.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
-        weight_rounding: of bfloat16 and float16 parameters. "exact" keeps what rounding takes in
-            the state (``residual``, int16; ``master``, float32); "nearest" loses it, as plain
-            PyTorch does.
-        state_dtype: of the moments; ``torch.float32`` (float64 parameters keep float64).
+        weight_rounding: of bfloat16 and float16 parameters. "exact": beside the parameter the state
+            keeps what rounding takes (``residual``, 16 bits in a bfloat16 tensor; float16:
+            ``master``, float32), so that it learns as float32 does. "stochastic24" (bfloat16 only):
+            8 bits of it (``residual``, int8), the rest rounded stochastically. "stochastic":
+            nothing. "nearest": nothing, and steps below half a last place are lost, as in plain
+            PyTorch.
+        state_dtype: of the moments. ``torch.float32``; ``torch.bfloat16``; or "8bit", small floats
+            in groups of 32 that share a scale (``exp_avg_scale``, ``exp_avg_sq_scale``), 2.06
+            bytes for both, for parameters of 4,096 elements or more. The latter two are rounded
+            stochastically. Moments of float64 and complex parameters are numbers of their own type.
+        seed: of stochastic rounding, a whole number of 64 bits.
         max_grad_norm: scale gradients down so that the 2-norm of all of the optimizer's gradients
             is at most this; above 0, or None: no clipping. The gradients themselves are not
             written. The norm is over all ranks for DTensors (FSDP2, tensor parallelism) only. Where
@@ -71,14 +79,15 @@ class Ranger(SlowWeights, FusedOptimizer):
         capturable: the same; every step on a GPU can be captured in a CUDA graph.
         differentiable: not supported; True is an error.
 
-    Every argument from ``lr`` to ``maximize``, ``weight_rounding`` and ``max_grad_norm`` may be set
-    for each parameter group, which has ``k`` and ``alpha`` as ``lookahead_k`` and
+    Every argument from ``lr`` to ``maximize``, ``weight_rounding``, ``max_grad_norm`` and ``seed``
+    may be set for each parameter group, which has ``k`` and ``alpha`` as ``lookahead_k`` and
     ``lookahead_alpha``.
 
     State of a parameter: ``step`` (float32 scalar, on the CPU or where the kernels run),
     ``exp_avg``, ``exp_avg_sq`` and ``slow_param`` (the parameter's shape): 12 bytes a float32
-    parameter, where AdamW has 8. ``slow_param`` starts as the parameter before its first update,
-    and is float32 beside parameters of lower precision.
+    parameter, where AdamW has 8. ``slow_param`` starts as the parameter before its first update.
+    Beside a bfloat16 or float16 parameter it is float32, but stored as the parameter is where that
+    is rounded stochastically (with ``slow_residual`` under "stochastic24").
 
     Raises:
         ValueError: an argument is out of range; the message says what would be right.
@@ -117,7 +126,8 @@ class Ranger(SlowWeights, FusedOptimizer):
         maximize: bool = False,
         backend: BackendName | None = None,
         weight_rounding: str = "exact",
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: StateDType = torch.float32,
+        seed: int = 0,
         max_grad_norm: float | None = None,
         amp_scaling: bool = False,
         foreach: bool | None = None,
@@ -137,6 +147,7 @@ class Ranger(SlowWeights, FusedOptimizer):
             "maximize": maximize,
             "weight_rounding": weight_rounding,
             "max_grad_norm": max_grad_norm,
+            "seed": seed,
         }
         super().__init__(
             params,

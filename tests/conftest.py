@@ -1,8 +1,9 @@
 """Property-based tests: no deadlines, for busy machines; the same examples every time in CI.
 
-``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that run translated PTX and
-that only ``make ptx`` runs: the parity tests run it for one architecture in any case. `make quick`
-leaves out those that are ``slow``."""
+``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that take too long for each
+change, and that only ``make ptx`` runs: translated PTX beyond one architecture's parity, and what
+Triton's interpreter, slower than that by far, only repeats. `make quick` leaves out those that are
+``slow``."""
 
 import os
 import sys
@@ -37,16 +38,21 @@ SLOW = {
     "test_experiments",
     "test_installation",
     "test_interrupts",
+    "test_low_precision_learning",
     "test_memory",
     "test_moved_memory",
     "test_ptx",
     "test_ptx_kernels",
+    "test_random_bits",
     "test_random_operations",
     "test_train_cli",
     "test_triton",
     "test_triton_launch",
 }
 SLOW_PLACES = {"interpreted", *ALL_COMPILED}
+# What is done to memory between steps is seen before there are kernels: in the interpreter's place,
+# these of it are enough.
+SEEN_IN_THE_INTERPRETER = {"replace_one_tensor", "load_own_state", "move_parameters"}
 
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
@@ -54,7 +60,7 @@ settings.load_profile("here")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a GPU, and is skipped where there is none")
-    config.addinivalue_line("markers", "ptx: runs what is compiled on the CPU, and takes long")
+    config.addinivalue_line("markers", "ptx: takes too long for each change; `make ptx` runs it")
     config.addinivalue_line("markers", "slow: takes long; `make quick` leaves it out")
     shared_folder()  # which the processes that run tests inherit
 
@@ -69,8 +75,21 @@ def pytest_collection_modifyitems(items):
         compiled = {*ALL_COMPILED} & {*places, given.get("elsewhere")}
         if compiled and not (item.path.stem == "test_parity" and compiled <= {*COMPILED}):
             item.add_marker("ptx")
+        if "interpreted" in {*places, given.get("elsewhere")} and only_repeats(item, given):
+            item.add_marker("ptx")
         if item.path.stem in SLOW or SLOW_PLACES & {*places, given.get("elsewhere")}:
             item.add_marker("slow")
+
+
+def only_repeats(item, given):
+    """Whether a test in Triton's interpreter is no other than where kernels are compiled."""
+    change = getattr(given.get("change"), "__name__", None)
+    if item.path.stem in ("test_memory", "test_moved_memory", "test_shared_memory"):
+        return change not in SEEN_IN_THE_INTERPRETER
+    others = ("alpha", 0.5), ("dtype", torch.float32)
+    return item.path.stem == "test_parity" and any(
+        given.get(name, kept) != kept for name, kept in others
+    )
 
 
 @pytest.fixture(params=["emulated", "cuda", "interpreted", "triton", *ALL_COMPILED])

@@ -25,7 +25,7 @@ from builds import hash_of, kept
 from ptx import build
 from ptx.device import device
 from ranger_cuda.backends import support, triton_tables
-from ranger_cuda.state import tensors
+from ranger_cuda.state import formats, tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,7 +137,10 @@ def interpreted_kernels() -> ModuleType:
         pytest.skip(f"Triton {triton.__version__}'s interpreter cannot use NumPy 2.4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        return fresh_kernels()
+        kernels = fresh_kernels()
+    # Which the interpreter applies to arrays; any other, to one number after the other.
+    kernels.scales_of.fn.__globals__["larger"] = triton.language.standard._elementwise_max
+    return kernels
 
 
 def release(module: ModuleType) -> tuple[int, ...]:
@@ -147,9 +150,12 @@ def release(module: ModuleType) -> tuple[int, ...]:
 
 def fresh_kernels() -> ModuleType:
     """The Triton kernels once more, not compiled yet."""
-    spec = importlib.util.find_spec("ranger_cuda.backends.triton_kernels")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("triton_codecs", "triton_kernels"):  # the second imports the first
+            spec = importlib.util.find_spec(f"ranger_cuda.backends.{name}")
+            module = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, module)
+            spec.loader.exec_module(module)
     return module
 
 
@@ -178,8 +184,23 @@ def load(binary: Path) -> ModuleType:
     return module
 
 
-def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
-    """The target of this name; skips the test where there is no such device."""
+# By their mangled names; to compile all for the CPU takes minutes.
+PLAIN_KERNELS = r"ScheduleKernel|\d(Radam|Slow)Kernel"
+
+
+def kernels_of(format: formats.Format) -> str:
+    """The kernels that low-precision rows of a format need, as a pattern."""
+    params = "LowParameters" if formats.is_low(format.param.dtype) else "Float32Parameters"
+    moments = "PlainIf" if format.exp_avg.name == "Float32" else format.exp_avg.name
+    return rf"ScheduleKernel|SlowKernel|WideRadamKernel.*{params}.*{moments}"
+
+
+def open_target(name: str, patch: pytest.MonkeyPatch, kernels: str = PLAIN_KERNELS) -> Target:
+    """The target of this name; skips the test where there is no such device.
+
+    Args:
+        kernels: of nvcc's, those that are wanted where they run on the CPU.
+    """
     if name.startswith("cpu"):
         return Target("cpu", torch.device("cpu"))
     if name in ("cuda", "triton"):
@@ -188,14 +209,14 @@ def open_target(name: str, patch: pytest.MonkeyPatch) -> Target:
         return Target(name, torch.device("cuda"))
     if name == "interpreted":
         triton_on_the_cpu(patch, interpreted_kernels())
-        patch.setattr(triton_tables, "CHUNK", 64)
-        patch.setattr(triton_tables, "BLOCK", {torch.float32: 32, torch.float64: 16})
+        patch.setattr(triton_tables, "CHUNK", 256)
+        patch.setattr(triton_tables, "BLOCK", {torch.float32: 128, torch.float64: 32})
         return Target("triton", torch.device("cpu"), small=True, slow=True)
     if name.startswith("compiled-triton"):
         return compiled_triton(int(name.split("-")[2]), patch)
     if name.startswith("compiled-cuda"):
         ptx = build.compile_to_ptx(int(name.split("-")[2]))
-        device().use(device().open(build.kernel_library(ptx)))
+        device().use(device().open(build.kernel_library(ptx, kernels)))
         return cuda_on_the_cpu(patch, load(compiled_binary()))._replace(slow=True)
     return cuda_on_the_cpu(patch, load(emulated_binary()))._replace(small=True)
 

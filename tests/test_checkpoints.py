@@ -81,8 +81,9 @@ def test_loading_casts_no_state_to_a_low_precision_parameter_s_dtype():
     for p, q in zip(a, b, strict=True):
         for name, value in first.state[p].items():
             assert second.state[q][name].dtype == value.dtype
-            assert torch.equal(second.state[q][name], value)
-    assert {v.dtype for p in b for v in second.state[p].values()} == {torch.float32, torch.int16}
+            assert_same_bits(second.state[q][name], value, name)
+    found = {v.dtype for p in b for v in second.state[p].values()}
+    assert found == {torch.float32, torch.bfloat16}  # which residuals lie in
 
 
 FOREIGN = {
@@ -326,7 +327,7 @@ def test_no_dead_state_is_carried(cls, recwarn):
     known |= {"slow_param"} if cls is not RAdam else set()
     known |= {"lookahead_step"} if cls is lookahead_radam else set()
     assert {name for state in other.state.values() for name in state} == known
-    assert not recwarn.list
+    assert not [warning for warning in recwarn if "loaded state dict" in str(warning.message)]
 
 
 def test_values_that_trainers_add_to_a_state_are_kept_as_copies():
@@ -672,10 +673,9 @@ def test_real_moments_of_a_complex_parameter_are_refused():
 @pytest.mark.parametrize(
     ("dtype", "name", "convert"),
     [
-        (torch.bfloat16, "residual", lambda t: t.bfloat16()),  # as torch.optim loads state
         (torch.bfloat16, "residual", lambda t: t.float()),
-        (torch.bfloat16, "residual", lambda t: t.to(torch.int8)),
-        (torch.bfloat16, "residual", lambda t: t.long() + 2**16),
+        (torch.bfloat16, "residual", lambda t: t.half()),
+        (torch.bfloat16, "residual", lambda t: t.long()),
         (torch.float16, "master", lambda t: t.half()),
         (torch.float16, "master", lambda t: t.double()),
         (torch.float16, "master", lambda t: t.int()),
@@ -690,13 +690,13 @@ def test_the_rest_of_a_master_that_has_lost_bits_is_refused(dtype, name, convert
         optimizer.load_state_dict(saved)
 
 
-def test_a_state_dict_hook_s_cast_of_a_residual_is_undone():
+def test_a_residual_of_earlier_versions_is_the_same_bits():
     (a,), (b,) = twins([torch.randn(5).bfloat16()])
     first, second = Ranger([a]), Ranger([b])
     train(first, [a], range(3))
     b.data.copy_(a)
     saved = copy.deepcopy(first.state_dict())
-    saved["state"][0]["residual"] = saved["state"][0]["residual"].long()
+    saved["state"][0]["residual"] = saved["state"][0]["residual"].view(torch.int16)
     second.load_state_dict(saved)
     train(first, [a], range(3, 9))
     train(second, [b], range(3, 9))

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.backends import support
-from ranger_cuda.state.tensors import DTensor, plain, plain_grad
+from ranger_cuda.state.tensors import DTensor, first_of, plain, plain_grad
 from ranger_cuda.step import dispatch
 from ranger_cuda.step.algorithms import RANGER
 
@@ -160,7 +160,13 @@ def test_a_failing_call_of_cuda_is_an_exception_that_names_it():
     if support.obstacle("cuda") is None or not extension.build_info()["cuda"]:
         pytest.skip("needs CUDA kernels and no device")
     roster = extension.Roster(
-        torch.Tensor.__dlpack_c_exchange_api__, RANGER.streams, "step", DTensor, plain, plain_grad
+        torch.Tensor.__dlpack_c_exchange_api__,
+        RANGER.streams,
+        "step",
+        DTensor,
+        plain,
+        plain_grad,
+        first_of,
     )
     launcher = extension.CudaLauncher(extension.Rule.RADAM, 0, 0)
     with pytest.raises(RuntimeError, match=r"^cu\w+: .*\(error \d+, cudaError\w+\)"):

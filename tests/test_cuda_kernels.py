@@ -111,9 +111,9 @@ DEFECTS = {
         DIFFERS,
     ),
     "strides_of_another_stream": Defect(
-        "kernels.h",
-        "sizes + ndim * (1 + stream)",
-        "sizes + ndim * (1 + (stream ^ 1))",
+        "memory.h",
+        "sizes + ndim * (1 + tensor)",
+        "sizes + ndim * (1 + (tensor ^ 1))",
         "plain",
         ANYTHING,
     ),

@@ -69,7 +69,7 @@ def give(model, step, rank=None):
         shape = param.shape
         generator = torch.Generator().manual_seed(100 * step + i)
         both = torch.randint(-8, 9, (WORLD, *shape), generator=generator).float()
-        grad = both.mean(0) if rank is None else both[rank]
+        grad = (both.mean(0) if rank is None else both[rank]).to(param.dtype)
         if isinstance(param, DTensor):
             grad = distribute_tensor(grad, param.device_mesh, param.placements)
         param.grad = grad
@@ -88,8 +88,22 @@ def assert_same_run(model, optimizer, other, its_optimizer, what):
             assert_same_bits(full(optimizer.state[p][key]), full(value), f"{what}, {key} of {name}")
 
 
-def sharded():
-    return fully_shard(Awkward(), mesh=init_device_mesh("cpu", (WORLD,)))
+def sharded(model=None):
+    return fully_shard(model or Awkward(), mesh=init_device_mesh("cpu", (WORLD,)))
+
+
+class Large(Awkward):
+    """Also sizes whose moments are 8 bits: rows of whole groups, split unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in (("rows", (131, 64)), ("deep", (3, 5, 320)), ("few", (1, 4096))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        self.bfloat16()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for param in self.parameters():
+                param.copy_(torch.randn(param.shape, generator=generator))
 
 
 def ddp(rank, folder):
@@ -361,6 +375,79 @@ def clipping_refused(rank, folder):
         assert not optimizer.state
 
 
+def stored(value):
+    """The bits of what is stored, whatever they mean."""
+    return full(value).contiguous().view(-1).view(torch.uint8)
+
+
+def assert_same_storage(model, optimizer, other, its_optimizer, what):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(stored(p), stored(q)), f"{what}, {name}"
+        mine, its = optimizer.state[p], its_optimizer.state[q]
+        assert mine.keys() == its.keys()
+        for key, value in its.items():
+            assert torch.equal(stored(mine[key]), stored(value)), f"{what}, {key} of {name}"
+
+
+def formats_of_low_precision(rank, folder):
+    """A shard has the whole's random bits; what is stored passes through every collective, and a
+    checkpoint of two ranks goes on on two, and on one."""
+    for rounding, state_dtype in itertools.product(
+        ("exact", "stochastic24", "stochastic"), (torch.float32, torch.bfloat16, "8bit")
+    ):
+        what = f"{rounding}, {state_dtype}"
+        options = OPTIONS | {"weight_rounding": rounding, "state_dtype": state_dtype, "seed": 7}
+        model, single = sharded(Large()), Large()
+        optimizer = Ranger(model.parameters(), **options)
+        reference = Ranger(single.parameters(), **options)
+        for step in range(4):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+        assert_same_storage(model, optimizer, single, reference, what)
+
+        saved = {"model": model.state_dict(), "state": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(saved, checkpoint_id=f"{folder}-{what}")
+        again = sharded(Large())
+        resumed = Ranger(again.parameters(), **options)
+        loaded = {"model": again.state_dict(), "state": get_optimizer_state_dict(again, resumed)}
+        dcp.load(loaded, checkpoint_id=f"{folder}-{what}")
+        again.load_state_dict(loaded["model"])
+        set_optimizer_state_dict(again, resumed, loaded["state"])
+
+        whole = StateDictOptions(full_state_dict=True)
+        state = get_optimizer_state_dict(model, optimizer, options=whole)
+        weights = {name: full(p) for name, p in model.named_parameters()}
+        train(single, reference, range(4, 8))
+        train(again, resumed, range(4, 8))
+        assert_same_storage(again, resumed, single, reference, f"{what}, resumed")
+        if rank == 0:
+            alone = Large()
+            alone.load_state_dict(weights)
+            one = Ranger(alone.parameters(), **options)
+            set_optimizer_state_dict(alone, one, state, options=StateDictOptions())
+            train(alone, one, range(4, 8))
+            assert_same_storage(alone, one, single, reference, f"{what}, alone")
+        spread = sharded(Large())
+        two = Ranger(spread.parameters(), **options)
+        broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(spread, two, state if rank == 0 else {}, options=broadcast)
+        for p, q in zip(spread.parameters(), model.parameters(), strict=True):
+            for key, value in optimizer.state[q].items():
+                assert torch.equal(stored(two.state[p][key]), stored(value)), f"{what}, {key}"
+
+
+def groups_that_shards_cut(rank, folder):
+    """They are refused before anything is changed."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(4100, 3))
+    optimizer = Ranger(sharded(model).parameters(), state_dtype="8bit", **OPTIONS)
+    model.weight.grad = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"a scale for 32 elements.*torch\.bfloat16"):
+        optimizer.step()
+    assert not optimizer.state
+    assert (full(model.weight) == 1).all()
+
+
 def tensor_parallel(rank, folder):
     """DTensors that no FSDP gathers need no model. (Before any check that uses FSDP2.)"""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -432,6 +519,8 @@ CHECKS = {
         evaluation,
         evaluation_refused,
         resharding,
+        formats_of_low_precision,
+        groups_that_shards_cut,
         empty_state,
         loaded_later,
         zero,

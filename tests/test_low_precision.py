@@ -7,16 +7,15 @@ import torch
 
 from helpers import bits
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.state.formats import FORMATS, Split
+from ranger_cuda.state import formats
+from ranger_cuda.state.codecs import Split
 
 LOW = [torch.bfloat16, torch.float16]
 
 
 def master(optimizer, param):
     """The float32 value that a low-precision parameter and its state stand for."""
-    (format,) = (
-        f for f in FORMATS if f.param.dtype == param.dtype and f.weight_rounding in (None, "exact")
-    )
+    format = formats.of(param.dtype)
     return format.param.decode(param.detach(), optimizer.state[param], format.value)
 
 
@@ -47,8 +46,8 @@ def test_every_float32_is_a_bfloat16_and_a_residual():
     values = torch.cat([patterns, torch.tensor(edges, dtype=torch.int64).int()])
     values = values.view(torch.float32)
     param = torch.zeros_like(values, dtype=torch.bfloat16)
-    state = {"residual": torch.zeros_like(values, dtype=torch.int16)}
-    Split().encode(values, param, state)
+    state = {"residual": torch.zeros_like(values, dtype=torch.bfloat16)}
+    Split().encode(values, param, state, None)
     assert torch.equal(bits(Split().decode(param, state, torch.float32)), bits(values))
     assert torch.equal(param.isnan(), values.isnan())
     ordinary = values.isfinite() & (values.abs() < torch.finfo(torch.bfloat16).max)
@@ -60,7 +59,7 @@ def test_every_float32_is_a_bfloat16_and_a_residual():
 def test_a_residual_of_a_value_that_is_gone_makes_no_nan_of_zero_or_infinity():
     param = torch.tensor([0.0, -0.0, torch.inf, -torch.inf], dtype=torch.bfloat16)
     for residual in (-0x8000, -1, 1, 0x7FFF):
-        state = {"residual": torch.full((4,), residual, dtype=torch.int16)}
+        state = {"residual": torch.full((4,), residual, dtype=torch.int16).view(torch.bfloat16)}
         loaded = Split().decode(param, state, torch.float32)
         assert not loaded.isnan().any(), residual
         assert torch.equal(loaded.to(torch.bfloat16)[:2].abs(), torch.zeros(2, dtype=param.dtype))

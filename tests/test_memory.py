@@ -275,8 +275,8 @@ def test_a_step_moves_what_it_collected_whatever_becomes_of_the_state(target, me
 @pytest.mark.parametrize("wrapper", [False, True])
 def test_a_step_within_a_step_is_refused_and_the_first_goes_on(target, wrapper):
     """Also what the reference moves beside it."""
-    tensors = [target.move(torch.ones(5)), torch.ones(5, dtype=torch.bfloat16)]
-    params = [torch.nn.Parameter(tensor) for tensor in tensors]
+    params = [torch.nn.Parameter(target.move(torch.ones(5))) for _ in range(3)]
+    params[2].data = params[1].data  # what shares memory moves one after the other
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer = Lookahead(RAdam(params), k=1) if wrapper else Ranger(params, k=1)
@@ -295,7 +295,7 @@ def test_a_step_within_a_step_is_refused_and_the_first_goes_on(target, wrapper):
     optimizer.step()
     assert len(refusals) == 1
     name = "lookahead_step" if wrapper else "step"
-    assert [optimizer.state[param][name] for param in params] == [2, 2]
+    assert [optimizer.state[param][name] for param in params] == [2, 2, 2]
 
 
 def test_parameters_that_share_memory_move_one_after_the_other():

@@ -120,7 +120,7 @@ def test_large_tensors_cut_into_chunks_are_the_reference_s(target, dtype):
     if target.slow:
         shapes = [(40_003,), (8192,), (8193,), (2, 8192), (90, 100), (3,)]
     if target.small:
-        shapes = [(1003,), (64,), (65,), (2, 64), (20, 30), (3,)]
+        shapes = [(1003,), (256,), (257,), (2, 64), (20, 30), (3,)]
     made = [spread(shape, dtype, generator, 3) for shape in shapes]
     made.append(made[-2].t())
     a, b = twins(made, target.move)

@@ -30,8 +30,8 @@ from targets import (
 
 ARCHITECTURE = 90
 CHUNK = 8192
-# 40 tensors and the 13 words of their group fill the smallest arguments.
-COUNTS = (*range(1, 39), 9_001, 3_003)
+# 38 tensors and the 14 words of their group fill the smallest arguments.
+COUNTS = (*range(1, 37), 9_001, 3_003)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ DEFECTS = {
     ),
     "no_sync": Defect("(flags & kSync) != 0};", "false};", "step 1, parameter 0: "),
 }
-WANTED = "ScheduleKernelILi53E|RadamKernel.*Float32ELb0E|SlowKernel.*IfE.*Lb0ENS0_4SwapE"
+WANTED = r"ScheduleKernelILi52E|\dRadamKernel.*Float32ELb0E|SlowKernel.*4BitsIfE.*Lb0ENS0_4SwapE"
 
 
 @pytest.mark.parametrize("target", ["cuda", "triton"], indirect=True)
@@ -154,7 +154,8 @@ def test_an_alignment_that_triton_s_kernels_claim_is_checked(target, tmp_path, m
     assert source.count(text) == 1
     file = tmp_path / "kernels.py"
     file.write_text(source.replace(text, text.replace("False", "True")))
-    spec = importlib.util.spec_from_file_location("claiming_kernels", file)
+    name = "ranger_cuda.backends.claiming_kernels"  # it imports what is beside it
+    spec = importlib.util.spec_from_file_location(name, file)
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
     triton_on_the_cpu(monkeypatch, kernels)
@@ -233,15 +234,15 @@ def test_triton_launches_a_schedule_and_one_kernel_for_all_tensors(target):
 
 
 # Tensors that fill the arguments of each size with their group; one more takes the next size.
-TIERS = {53: 40, 501: 488, 1013: 1000, 2037: 2024, 4084: 4071}
+TIERS = {52: 38, 500: 486, 1012: 998, 2036: 2022, 4083: 4069}
 R580, R525 = 13000, 12000
 
 
 @pytest.mark.parametrize(
     ("driver", "count", "words"),
     [(R580, count, (words,)) for words, count in TIERS.items()]
-    + [(R580, 41, (501,)), (R580, 4072, (4084, 53))]
-    + [(R525, 488, (501,)), (R525, 489, (501, 53)), (R525, 999, (501, 501, 53))],
+    + [(R580, 39, (500,)), (R580, 4070, (4083, 52))]
+    + [(R525, 486, (500,)), (R525, 487, (500, 52)), (R525, 998, (500, 500, 52))],
 )
 def test_a_step_is_a_launch_for_the_model_and_one_for_the_gradients_that_arguments_hold(
     cuda, driver, count, words

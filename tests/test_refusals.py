@@ -379,10 +379,12 @@ def test_a_backend_that_there_is_not_is_refused(cls):
 
 
 def test_a_backend_that_does_not_serve_a_dtype_moves_nothing():
-    fine, low = random_params((3,))[0], random_params((3,), dtype=torch.bfloat16)[0]
-    optimizer = Ranger([fine, low], backend="cpu")
-    set_grads([fine, low], 0)
-    assert_refuses(optimizer, ValueError, r"parameter 1 of group 0 is torch.bfloat16 on cpu, which")
+    fine = random_params((3,))[0]
+    other = torch.nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    optimizer = Ranger([fine, other], backend="cpu")
+    set_grads([fine], 0)
+    other.grad = torch.ones_like(other)
+    assert_refuses(optimizer, ValueError, r"parameter 1 of group 0 is torch.int64 on cpu, which")
 
 
 @each_own

@@ -193,6 +193,27 @@ def test_ctrl_c_in_a_shell_ends_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
+def test_low_precision_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    storage = ["--dtype", "bfloat16", "--weight-rounding", "stochastic24", "--state-dtype", "8bit"]
+    storage += ["--optimizers", "ranger", "--width", "64"]  # matrices of 4,096 elements and more
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train(whole, *TINY, *storage, "--steps", "8") == 0
+    assert train(halves, *TINY, *storage, "--steps", "4") == 0
+    assert train(halves, "--resume", "--steps", "8") == 0
+    assert_same_run(halves, whole)
+    state = saved(whole)["runs"]["ranger"]["optimizer"]["state"]
+    found = {value.dtype for values in state.values() for value in values.values()}
+    assert found == {torch.bfloat16, torch.float32, torch.int8, torch.uint8}
+
+
+def test_storage_that_there_is_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dtype", "float16", "--weight-rounding", "stochastic24"]
+    assert train(tmp_path, *TINY, *flags) == 2
+    assert "--dtype float16: there is no format" in capsys.readouterr().err
+
+
 def test_more_steps_continue_a_finished_run(tmp_path: Path, uninterrupted: Path) -> None:
     assert train(tmp_path, *TINY, "--steps", "20") == 0
     assert train(tmp_path, "--resume", "--steps", str(STEPS)) == 0

@@ -24,19 +24,49 @@ driver = pytest.importorskip("triton.runtime.driver").driver
 GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 CUDA = {capability: GPUTarget("cuda", capability, 32) for capability in (80, 90, 100, 120)}
+ALL = pytest.mark.parametrize(
+    "target",
+    [  # the newest, whose assembler has fused, and the one before
+        pytest.param(target, id=f"sm_{sm}", marks=() if sm in (90, 100) else pytest.mark.ptx)
+        for sm, target in CUDA.items()
+    ],
+)
 AMD = GPUTarget("hip", "gfx942", 64)
 WIDE = r"v4\.[bf]32|v2\.[bf]64"
+BY_NAME = {format.name: format for format in formats.FORMATS}
+# Each codec, and what takes most registers.
+LOW = pytest.mark.parametrize(
+    "format",
+    [
+        BY_NAME[name]
+        for name in (
+            "bfloat16_exact",
+            "bfloat16_nearest",
+            "float16_nearest",
+            "float16_exact_bfloat16",
+            "float16_stochastic_bfloat16",
+            "bfloat16_stochastic_8bit",
+            "bfloat16_stochastic24_8bit",
+        )
+    ],
+    ids=lambda format: format.name,
+)
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
-    """A kernel's machine code for ``target``, with the options that the launcher gives."""
+def compiled(kernel, target, format=torch.float32, strided=False, **more):
+    """A kernel's machine code for ``target``, with the options that the launcher gives.
+
+    Args:
+        format: of its rows, or the dtype of their parameters.
+    """
     kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
-    launch = triton_tables.Launch(formats.of(dtype), strided, 0, 1)
-    options = triton_tables.options(kernels, launch) | more
+    format = format if isinstance(format, formats.Format) else formats.of(format)
+    launch = triton_tables.Launch(format, strided, 0, 1)
+    options = triton_tables.options(kernels, launch, more.get("SWAP", False)) | more
     if kernel == "radam_kernel":
-        options |= triton_tables.moment_options(kernels, launch)
+        options |= triton_tables.moment_options(launch)
     constants = {name: value for name, value in options.items() if name in function.arg_names}
     types = {"chunks": "*i32", "first_chunk": "i32"}
     signature = {
@@ -50,7 +80,8 @@ def compiled(kernel, target, dtype=torch.float32, strided=False, **more):
 
 def compiled_schedule(target):
     function = triton_tables.load_kernels().schedule_kernel
-    signature = {name: "i32" if name == "count" else "*i64" for name in function.arg_names}
+    numbers = ("count", "is_pull")
+    signature = {name: "i32" if name in numbers else "*i64" for name in function.arg_names}
     source = compiler.ASTSource(
         fn=function,
         signature=signature | {"BLOCK": "constexpr"},
@@ -72,7 +103,7 @@ def assert_rounds_as_written(ptx):
 
 
 @FLOATS
-@pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
+@ALL
 def test_every_stream_is_read_and_written_16_bytes_at_a_time(target, dtype):
     step = compiled("radam_kernel", target, dtype).asm["ptx"]
     assert_rounds_as_written(step)
@@ -85,16 +116,46 @@ def test_every_stream_is_read_and_written_16_bytes_at_a_time(target, dtype):
         assert len(re.findall(rf"st\.global\.({WIDE})", slow)) >= 2
 
 
-@FLOATS
-@pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
-def test_registers_leave_room_and_nothing_is_spilled(target, dtype, tmp_path):
-    """For five programs of 128 threads, each with 128 bytes on their way; strided, for three."""
+def assert_registers_leave_room(target, format, folder):
+    """For five programs of 128 threads; strided, for three. Nothing is spilled."""
     for strided, registers in ((False, 96), (True, 168)):
-        binary = tmp_path / f"{strided}.cubin"
-        binary.write_bytes(compiled("radam_kernel", target, dtype, strided).asm["cubin"])
+        binary = folder / f"{strided}.cubin"
+        binary.write_bytes(compiled("radam_kernel", target, format, strided).asm["cubin"])
         usage = dict(re.findall(r"([A-Z]+):(\d+)", checked([cuobjdump(), "-res-usage", binary])))
         assert int(usage["REG"]) <= registers
         assert usage["STACK"] == usage["LOCAL"] == "0"
+
+
+@FLOATS
+@ALL
+def test_registers_leave_room_and_nothing_is_spilled(target, dtype, tmp_path):
+    """Each thread has 128 bytes on their way."""
+    assert_registers_leave_room(target, dtype, tmp_path)
+
+
+@LOW
+def test_registers_of_low_precision_leave_room_too(format, tmp_path):
+    assert_registers_leave_room(CUDA[90], format, tmp_path)
+
+
+@LOW
+def test_threads_have_the_same_elements_of_each_stream_whatever_they_are_stored_in(format):
+    """Four at a time, of which 2 bytes each are 8. Groups lie in a warp: nothing goes through
+    shared memory, nor do scales."""
+    step = compiled("radam_kernel", CUDA[90], format).asm["ptx"]
+    assert_rounds_as_written(step)
+    assert "bar.sync" not in step
+    streams = [format.param, format.exp_avg, format.exp_avg_sq, format.slow_param]
+    types = [dtype for codec in streams for dtype in (codec.dtype, *(p.dtype for p in codec.rest))]
+    for size, access in ((4, r"v4\.b32"), (2, r"v2\.b32"), (1, "b32")):
+        count = sum(dtype.itemsize == size for dtype in types)
+        grouped = sum(codec.is_grouped for codec in streams) if size == 1 else 0
+        for kind in ("ld", "st"):
+            assert len(re.findall(rf"{kind}\.global\.{access}", step)) >= count - grouped
+    slow = compiled("slow_kernel", CUDA[90], format, SWAP=True).asm["ptx"]
+    wide = r"\.global\.v4\.b32"
+    assert len(re.findall("ld" + wide, slow)) >= 2
+    assert len(re.findall("st" + wide, slow)) >= 2
 
 
 @FLOATS
@@ -137,11 +198,12 @@ def fused_and_allowed(kernel, target, folder):
     return fused(names), exact[name]
 
 
-@pytest.mark.parametrize("target", CUDA.values(), ids=CUDA)
+@ALL
 def test_machine_code_fuses_multiply_adds_only_within_divisions_and_roots(target, tmp_path):
     kernels = [compiled_schedule(target), compiled("slow_kernel", target, SWAP=False)]
     kernels += [compiled("radam_kernel", target, strided=strided) for strided in (False, True)]
-    kernels.append(compiled("radam_kernel", target, torch.float64))
+    for format in (torch.float64, BY_NAME["bfloat16_exact_8bit"], BY_NAME["float16_nearest"]):
+        kernels.append(compiled("radam_kernel", target, format))
     for kernel in kernels:
         found, allowed = fused_and_allowed(kernel, target, tmp_path)
         assert found <= allowed, kernel.name
@@ -208,7 +270,8 @@ def test_amd_s_code_fuses_multiply_adds_only_within_divisions_and_roots():
 def test_the_other_kernels_compile(target):
     """Triton's interpreter takes what its compiler does not."""
     assert compiled_schedule(target).asm
-    for dtype in (torch.float32, torch.float64):
+    eight = BY_NAME["bfloat16_stochastic24_8bit"], BY_NAME["float16_exact_8bit"]
+    for dtype in (torch.float32, torch.float64, *eight):
         assert compiled("radam_kernel", target, dtype, strided=True).asm
         for swap in (False, True):
             assert compiled("slow_kernel", target, dtype, strided=True, SWAP=swap).asm
@@ -219,7 +282,8 @@ def test_the_tables_are_those_of_the_compiled_backend():
     if isinstance(extension, support.Obstacle):
         pytest.skip(extension.cause)
     kernels = triton_tables.load_kernels()
-    words = ("row_words", "numel", "step", "layout", "group", "scalar_words", "coefficients")
+    words = ("row_words", "rest_of", "numel", "step", "layout", "first", "group", "place", "seed")
+    words += ("scalar_words", "coefficients", "keys", "group_words")
     here = {name: getattr(kernels, name.upper()).value for name in words}
     flags = ("active", "rectified", "l2", "sync")
     here |= {name: getattr(kernels, name.upper()).value for name in flags}

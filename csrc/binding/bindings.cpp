@@ -33,7 +33,7 @@ namespace {
 std::vector<Hyperparameters> to_groups(const py::bytes& packed) {
   const std::string_view bytes = packed;
   if (bytes.size() % sizeof(Hyperparameters) != 0) {
-    throw py::value_error("a group's hyperparameters are eleven of 8 bytes each");
+    throw py::value_error("a group's hyperparameters are twelve of 8 bytes each");
   }
   std::vector<Hyperparameters> hypers(bytes.size() / sizeof(Hyperparameters));
   std::memcpy(hypers.data(), bytes.data(), bytes.size());
@@ -153,9 +153,9 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
 
 // --- what the roster tells launchers in Python ---------------------------------------------------
 
-// (numel, format, the gradient's DType, group, the step count's address, sizes, each stream's
-// address and strides); 0 for a stream that is not there, and for the gradient. Sizes and strides
-// are empty where all streams are consecutive.
+// (numel, format, the gradient's DType, group, the step count's address, where its elements begin,
+// its place, sizes, each tensor's address and strides); 0 for a tensor that is not there, and for
+// the gradient. Sizes and strides are empty where all streams are consecutive.
 py::list rows_of(const Roster& roster, int32_t launcher) {
   static const Layout kNone;
   py::list rows;
@@ -165,9 +165,10 @@ py::list rows_of(const Roster& roster, int32_t launcher) {
     for (const void* data : row.data) addresses.push_back(reinterpret_cast<uintptr_t>(data));
     addresses[kGrad] = 0;
     const Layout& layout = row.layout ? *row.layout : kNone;
-    rows.append(py::make_tuple(
-        row.numel, info_of(row.format).name, static_cast<int>(row.grad_dtype), row.group,
-        reinterpret_cast<uintptr_t>(row.step), layout.sizes, addresses, layout.strides));
+    rows.append(py::make_tuple(row.numel, info_of(row.format).name,
+                               static_cast<int>(row.grad_dtype), row.group,
+                               reinterpret_cast<uintptr_t>(row.step), row.first, row.place,
+                               layout.sizes, addresses, layout.strides));
   }
   return rows;
 }
@@ -243,15 +244,27 @@ py::dict build_info() {
   return info;
 }
 
-// The rows of RANGER_FORMATS: name, the arithmetic's dtype, and what param, exp_avg, exp_avg_sq and
-// slow_param are stored as.
+// The rows of RANGER_FORMATS: name, the arithmetic's dtype, and the codecs of param, exp_avg,
+// exp_avg_sq and slow_param.
 py::list format_rows() {
   py::list rows;
   for (const FormatInfo& format : kFormatInfos) {
-    const auto name = [](DType dtype) { return info_of(dtype).name; };
-    rows.append(py::make_tuple(format.name, name(format.value), name(format.stored[kParam]),
-                               name(format.stored[kExpAvg]), name(format.stored[kExpAvgSq]),
-                               name(format.stored[kSlowParam])));
+    const auto name = [&](Stream stream) { return info_of(format.codecs[stream]).name; };
+    rows.append(py::make_tuple(format.name, info_of(format.value).name, name(kParam), name(kExpAvg),
+                               name(kExpAvgSq), name(kSlowParam)));
+  }
+  return rows;
+}
+
+// The codecs: name, dtype, that of what is stored beside it or None, whether it rounds
+// stochastically, and whether elements share something.
+py::list codec_rows() {
+  py::list rows;
+  for (const CodecInfo& codec : kCodecInfos) {
+    const py::object rest =
+        codec.has_rest() ? py::object(py::str(info_of(codec.rest).name)) : py::object(py::none());
+    rows.append(py::make_tuple(codec.name, info_of(codec.stored).name, rest, codec.is_random,
+                               codec.is_grouped));
   }
   return rows;
 }
@@ -264,9 +277,15 @@ py::dict table_layout() {
   layout["numel"] = words(offsetof(cuda::DeviceRow, numel));
   layout["step"] = words(offsetof(cuda::DeviceRow, step));
   layout["layout"] = words(offsetof(cuda::DeviceRow, layout));
+  layout["first"] = words(offsetof(cuda::DeviceRow, first));
   layout["group"] = words(offsetof(cuda::DeviceRow, group));
+  layout["place"] = words(offsetof(cuda::DeviceRow, place));
+  layout["rest_of"] = kRestOf;
   layout["scalar_words"] = words(sizeof(cuda::RowScalars));
   layout["coefficients"] = words(offsetof(cuda::RowScalars, f64));
+  layout["keys"] = words(offsetof(cuda::RowScalars, keys));
+  layout["group_words"] = cuda::kGroupWords;
+  layout["seed"] = words(offsetof(Hyperparameters, seed));
   layout["active"] = cuda::kActive;
   layout["rectified"] = cuda::kRectified;
   layout["l2"] = cuda::kL2;
@@ -288,10 +307,12 @@ PYBIND11_MODULE(_C, module) {
       .value("LOOKAHEAD", Rule::kLookahead);
 
   py::class_<Roster>(module, "Roster", py::module_local())
-      .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object>(),
+      .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object,
+                    py::object>(),
            py::arg("exchange_api"), py::arg("streams"), py::arg("step_name"), py::arg("dtensor"),
-           py::arg("plain"), py::arg("plain_grad"))
-      .def("serve", &Roster::serve, py::arg("tensor"), py::arg("launcher"), py::arg("format"))
+           py::arg("plain"), py::arg("plain_grad"), py::arg("first_of"))
+      .def("serve", &Roster::serve, py::arg("tensor"), py::arg("weight_rounding"),
+           py::arg("launcher"), py::arg("format"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
            py::arg("moved") = py::none(), py::arg("hold") = false)
       .def("leave_out", &Roster::leave_out, py::arg("tensors"))
@@ -334,6 +355,7 @@ PYBIND11_MODULE(_C, module) {
              "The scalars of one step, for tests against ranger_cuda.backends.schedule.");
   module.def("formats", &format_rows,
              "How parameters and state are stored; see csrc/formats/formats.h.");
+  module.def("codecs", &codec_rows, "How numbers are stored; see csrc/formats/codecs.h.");
   module.def("table_layout", &table_layout, "The device tables, for tests against Triton's.");
   module.def("build_info", &build_info, "What this binary was built with and what it finds here.");
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../formats/formats.h"
+#include "../rule/random.h"
 #include "../rule/schedule.h"
 
 namespace ranger::cpu {
@@ -29,19 +30,30 @@ struct LookaheadArgs {
   T alpha;
 };
 
+// Elements of a stream side by side, from the first of a group on.
+struct Stored {
+  void* elements;
+  void* rest;  // of the same; nullptr: there is none
+  int64_t count;
+};
+
 // The rule over values of one type, and values from and to what is stored.
 template <typename T>
 struct KernelsOf {
   void (*radam)(const RadamArgs<T>&);
   void (*lookahead)(const LookaheadArgs<T>&);
-  void (*decode[kDTypes])(const void* stored, T* values, int64_t count);
-  void (*encode[kDTypes])(const T* values, void* stored, int64_t count);
+  void (*widen[kGradDTypes])(const void* gradients, T* values, int64_t count);
+  void (*decode[kCodecs])(const Stored& from, T* values);
+  // `words`: of each element, 16 bits of which from `shift` on are random.
+  void (*encode[kCodecs])(const T* values, const Stored& to, const uint32_t* words, int shift);
 };
 
 struct Kernels {
   const char* instruction_set;
   KernelsOf<float> f32;
   KernelsOf<double> f64;
+  // The words of elements from `position` in the whole parameter on.
+  void (*random_words)(const RandomBits& random, uint32_t position, uint32_t* words, int64_t count);
 };
 
 // The kernels for the widest instruction set that this processor has and this binary was built for.

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -10,86 +11,162 @@
 namespace ranger::cpu {
 namespace {
 
-// Elements that a thread copies at a time: the copies of all streams stay in its caches.
+// Elements that a thread copies at a time, whole groups: the copies of all streams stay in its
+// caches.
 constexpr int64_t kPieceSize = 2048;
+static_assert(kPieceSize % kGroup == 0 && kChunkSize % kPieceSize == 0);
 
-// A thread's room for one stream's copies, kept from step to step.
-template <typename T>
-T* scratch(Stream stream) {
-  thread_local std::unique_ptr<T[]> room;
-  if (!room) room.reset(new T[kStreams * kPieceSize]);
-  return room.get() + stream * kPieceSize;
+// A thread's room for the copies of a tensor, for the values of a stream, and for random words,
+// kept from step to step.
+constexpr int kRooms = kTensors + kStreams + 1;
+void* scratch(int room) {
+  thread_local std::unique_ptr<double[]> rooms;
+  if (!rooms) rooms.reset(new double[kRooms * kPieceSize]);
+  return rooms.get() + room * kPieceSize;
 }
 
-// One stream of some elements as values side by side: the tensor's own memory, or a copy.
+// The random words of some elements of a row: those of the last key, which two streams share.
+class RandomWords {
+ public:
+  RandomWords(const TensorRow& row, const Chunk& chunk)
+      : position_(static_cast<uint32_t>(row.first + chunk.begin)),
+        count_(chunk.count),
+        words_(static_cast<uint32_t*>(scratch(kTensors + kStreams))) {}
+
+  const uint32_t* of(const RandomBits& random) {
+    if (random.key != key_ || random.factor != factor_) {
+      kernels().random_words(random, position_, words_, count_);
+    }
+    key_ = random.key;
+    factor_ = random.factor;
+    return words_;
+  }
+
+ private:
+  uint32_t position_;
+  int64_t count_;
+  uint32_t* words_;
+  uint32_t key_ = 0, factor_ = 0;  // no factor is 0
+};
+
+bool is_strided(const TensorRow& row, int tensor) {
+  return row.layout != nullptr && !row.layout->strides[tensor].empty();
+}
+
+// Elements of a tensor side by side: its own memory, or a copy.
+class Elements {
+ public:
+  Elements(const TensorRow& row, const Chunk& chunk, int tensor)
+      : row_(row), chunk_(chunk), tensor_(tensor), data_(row.data[tensor]) {
+    if (data_ == nullptr) return;
+    item_ = info_of(stored(row, tensor)).item_size;
+    if (is_strided(row, tensor)) {
+      data_ = scratch(tensor);
+      for_each([](char* element, char* copy, auto size) { std::memcpy(copy, element, size); });
+    } else {
+      const int64_t first = is_grouped(row, tensor) ? chunk.begin / kGroup : chunk.begin;
+      data_ = static_cast<char*>(data_) + first * item_;
+    }
+  }
+
+  void* data() const { return data_; }
+
+  // Puts a copy back; nothing to do for the tensor's own memory.
+  void write_back() const {
+    if (data_ == nullptr || !is_strided(row_, tensor_)) return;
+    for_each([](char* element, char* copy, auto size) { std::memcpy(element, copy, size); });
+  }
+
+ private:
+  // Calls visit(element, copy, size) for each element and its place in the copy.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    const auto with_size = [&](auto size) {
+      for_each_offset(row_.layout->sizes, row_.layout->strides[tensor_], chunk_.begin, chunk_.count,
+                      [&](int64_t i, int64_t offset) {
+                        visit(static_cast<char*>(row_.data[tensor_]) + offset * size,
+                              static_cast<char*>(data_) + i * size, size);
+                      });
+    };
+    switch (item_) {
+      case 1:
+        return with_size(std::integral_constant<int64_t, 1>());
+      case 2:
+        return with_size(std::integral_constant<int64_t, 2>());
+      case 4:
+        return with_size(std::integral_constant<int64_t, 4>());
+      default:
+        return with_size(std::integral_constant<int64_t, 8>());
+    }
+  }
+
+  const TensorRow& row_;
+  const Chunk& chunk_;
+  int tensor_;
+  void* data_;
+  int64_t item_ = 0;
+};
+
+// One stream of some elements as values side by side: what is stored, or decoded from it.
 template <typename T>
 class Values {
  public:
   Values(const TensorRow& row, const Chunk& chunk, Stream stream)
-      : row_(row), chunk_(chunk), stream_(stream) {
-    if (row.data[stream] == nullptr || is_own()) {
-      values_ = row.data[stream] == nullptr ? nullptr : reinterpret_cast<T*>(consecutive());
+      : row_(row),
+        chunk_(chunk),
+        stream_(stream),
+        elements_(row, chunk, stream),
+        rest_(row, chunk, kRestOf + stream) {
+    if (elements_.data() == nullptr || is_plain()) {
+      values_ = static_cast<T*>(elements_.data());
       return;
     }
-    values_ = scratch<T>(stream);
-    if (is_strided()) {
-      for_each_element([](auto& element, T& value) {
-        value = Plain<std::decay_t<decltype(element)>>::template decode<T>(element);
-      });
+    values_ = static_cast<T*>(scratch(kTensors + stream));
+    if (stream == kGrad) {
+      kernels_of<T>().widen[static_cast<int>(row.grad_dtype)](elements_.data(), values_,
+                                                              chunk.count);
     } else {
-      kernels_of<T>().decode[static_cast<int>(dtype())](consecutive(), values_, chunk.count);
+      kernels_of<T>().decode[codec()]({elements_.data(), rest_.data(), chunk.count}, values_);
     }
   }
 
   T* data() const { return values_; }
 
-  // Puts a copy's values back; nothing to do for a tensor's own memory.
-  void write_back() const {
-    if (values_ == nullptr || is_own()) return;
-    if (is_strided()) {
-      for_each_element([](auto& element, T& value) {
-        using Stored = std::decay_t<decltype(element)>;
-        // Nothing is stored in 16 bits yet: see kernels.cpp.
-        if constexpr (std::is_arithmetic_v<Stored>) element = Plain<Stored>::encode(value);
-      });
-    } else {
-      kernels_of<T>().encode[static_cast<int>(dtype())](values_, consecutive(), chunk_.count);
+  // Stores the values; where they are the tensor's own memory, there is nothing to do.
+  void write_back(RandomWords& words, const RandomBits& random) const {
+    if (values_ == nullptr) return;
+    if (!is_plain()) {
+      const uint32_t* const its = codec_of(row_, stream_).is_random ? words.of(random) : nullptr;
+      kernels_of<T>().encode[codec()](values_, {elements_.data(), rest_.data(), chunk_.count}, its,
+                                      random.shift);
     }
+    elements_.write_back();
+    rest_.write_back();
   }
 
  private:
-  DType dtype() const { return stored(row_, stream_); }
-  bool is_strided() const {
-    return row_.layout != nullptr && !row_.layout->strides[stream_].empty();
+  bool is_plain() const {
+    if (stream_ == kGrad) return row_.grad_dtype == kDTypeOf<T>;
+    return info_of(row_.format).codecs[stream_] == kCodecOf<Plain<T>>;
   }
-  bool is_own() const { return !is_strided() && dtype() == kDTypeOf<T>; }
-
-  char* consecutive() const {
-    return static_cast<char*>(row_.data[stream_]) + chunk_.begin * info_of(dtype()).item_size;
-  }
-
-  // Calls visit(element, value) for each element and its place in the copy.
-  template <class Visit>
-  void for_each_element(const Visit& visit) const {
-    by_dtype(dtype(), [&](auto zero) {
-      auto* const base = static_cast<decltype(zero)*>(row_.data[stream_]);
-      for_each_offset(row_.layout->sizes, row_.layout->strides[stream_], chunk_.begin, chunk_.count,
-                      [&](int64_t i, int64_t offset) { visit(base[offset], values_[i]); });
-    });
-  }
+  int codec() const { return static_cast<int>(info_of(row_.format).codecs[stream_]); }
 
   const TensorRow& row_;
   const Chunk& chunk_;
   Stream stream_;
+  Elements elements_;
+  Elements rest_;
   T* values_;
 };
 
 // Whether the kernels can work on all of the row's streams as they are.
-bool is_direct(const TensorRow& row, DType value) {
+bool is_direct(const TensorRow& row) {
+  const FormatInfo& format = info_of(row.format);
   bool direct = row.layout == nullptr;
   for (int stream = 0; stream < kStreams; ++stream) {
     if (row.data[stream] == nullptr) continue;
-    direct = direct && stored(row, static_cast<Stream>(stream)) == value;
+    direct = direct && !(stream != kGrad && codec_of(row, stream).has_rest()) &&
+             stored(row, stream) == format.value;
   }
   return direct;
 }
@@ -110,31 +187,38 @@ void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now)
   RadamArgs<T> args{
       of<T>(now), now.schedule.rectified, false, chunk.count, p.data(), g.data(), m.data(),
       v.data()};
+  const RandomKeys keys = random_keys(now.seed, row.place, now.step, false);
+  RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
     const Values<T> slow(row, chunk, kSlowParam);
     args.sync = true;
     args.slow = slow.data();
     kernels_of<T>().radam(args);
-    slow.write_back();
+    slow.write_back(words, keys.of_param());
   } else {
     kernels_of<T>().radam(args);
   }
-  for (const Values<T>* written : {&p, &m, &v}) written->write_back();
+  p.write_back(words, keys.of_param());
+  m.write_back(words, keys.of_exp_avg());
+  v.write_back(words, keys.of_exp_avg_sq());
 }
 
 template <typename T>
 void run_lookahead(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
   const Values<T> p(row, chunk, kParam), slow(row, chunk, kSlowParam);
   kernels_of<T>().lookahead({chunk.count, p.data(), slow.data(), of<T>(now).alpha});
-  p.write_back();
-  slow.write_back();
+  const RandomKeys keys = random_keys(now.seed, row.place, now.step, true);
+  RandomWords words(row, chunk);
+  p.write_back(words, keys.of_param());
+  slow.write_back(words, keys.of_param());
 }
 
 // Bits change places, not values.
-template <typename T>
 void run_swap(const TensorRow& row, const Chunk& chunk) {
-  const Values<T> p(row, chunk, kParam), slow(row, chunk, kSlowParam);
-  std::swap_ranges(p.data(), p.data() + chunk.count, slow.data());
+  const Elements p(row, chunk, kParam), slow(row, chunk, kSlowParam);
+  auto* const bytes = static_cast<char*>(p.data());
+  std::swap_ranges(bytes, bytes + chunk.count * info_of(stored(row, kParam)).item_size,
+                   static_cast<char*>(slow.data()));
   p.write_back();
   slow.write_back();
 }
@@ -151,7 +235,7 @@ void for_each_piece(const Chunk& chunk, bool direct, const Run& run) {
 
 template <typename T>
 void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
-  for_each_piece(chunk, is_direct(row, kDTypeOf<T>), [&](const Chunk& piece) {
+  for_each_piece(chunk, is_direct(row), [&](const Chunk& piece) {
     rule == Rule::kRadam ? run_radam<T>(row, piece, now) : run_lookahead<T>(row, piece, now);
   });
 }
@@ -222,10 +306,7 @@ void Launcher::swap(const Rows& rows, int num_threads) const {
   for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
     const TensorRow& row = rows.rows[chunk.row];
     if (!row.active) return;
-    const DType dtype = stored(row, kParam);
-    for_each_piece(chunk, is_direct(row, dtype), [&](const Chunk& piece) {
-      dtype == DType::kFloat64 ? run_swap<double>(row, piece) : run_swap<float>(row, piece);
-    });
+    for_each_piece(chunk, row.layout == nullptr, [&](const Chunk& piece) { run_swap(row, piece); });
   });
 }
 

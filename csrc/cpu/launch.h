@@ -19,10 +19,14 @@ constexpr int64_t kSerialElements = 32768;
 // The scalars of one step of one group, shared by its parameters that are at the same step.
 struct StepScalars {
   StepScalars(const Hyperparameters& hyper, int64_t step, double grad_scale)
-      : schedule(ranger::schedule(hyper, step)),
+      : seed(hyper.seed),
+        step(step),
+        schedule(ranger::schedule(hyper, step)),
         f32(coefficients<float>(hyper, schedule, grad_scale)),
         f64(coefficients<double>(hyper, schedule, grad_scale)) {}
 
+  int64_t seed;
+  int64_t step;
   Schedule schedule;
   Coefficients<float> f32;
   Coefficients<double> f64;

@@ -18,25 +18,6 @@ constexpr int kLeastBlocksOf = kStrided        ? 1
                                : sizeof(T) > 4 ? (kBlocks + 1) / 2
                                                : kBlocks;
 
-// --- where elements lie
-// ---------------------------------------------------------------------------
-
-// Where element `index` of a row lies in `stream`, in elements. A layout is the number of
-// dimensions, their sizes, and then the strides of each stream, all outermost first.
-RANGER_HOST_DEVICE int64_t strided_offset(const int64_t* layout, int stream, int64_t index) {
-  RANGER_ASSUME_GLOBAL(layout);
-  const int64_t ndim = layout[0];
-  const int64_t* sizes = layout + 1;
-  const int64_t* strides = sizes + ndim * (1 + stream);
-  int64_t offset = 0;
-  RANGER_UNROLL(1)
-  for (int64_t dim = ndim - 1; dim >= 0; --dim) {
-    offset += index % sizes[dim] * strides[dim];
-    index /= sizes[dim];
-  }
-  return offset;
-}
-
 // --- a block's row, staged in shared memory ------------------------------------------------------
 
 struct StagedRow {
@@ -109,7 +90,8 @@ struct ScheduleKernel {
     }
     scalars.grad = reinterpret_cast<const void*>(grad);
     GroupArgs group;
-    std::memcpy(&group, args.words + (row.group - header.first_group) * kGroupWords, sizeof(group));
+    std::memcpy(static_cast<void*>(&group),
+                args.words + (row.group - header.first_group) * kGroupWords, sizeof(group));
     Hyperparameters hyper = group.hyper;
     if (group.lr.data != nullptr) hyper.lr = group.lr.read();
     const double unscale = header.grad_scale.data != nullptr ? 1.0 / header.grad_scale.read() : 1.0;
@@ -131,6 +113,7 @@ struct ScheduleKernel {
     const bool sync = now.sync && row.data[kSlowParam] != nullptr;
     scalars.flags =
         kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) | (sync ? kSync : 0);
+    scalars.keys = random_keys(hyper.seed, row.place, step, header.is_pull != 0);
     *count = static_cast<float>(step);
   }
 };
@@ -259,16 +242,17 @@ struct RadamKernel {
 // --- parameters and slow weights alone -----------------------------------------------------------
 
 // `Move` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
-template <class Param, class SlowParam, typename T, int kPackWidth, bool kStrided, class Move>
+// `A`: the type of alpha.
+template <class Codec, typename T, typename A, int kPackWidth, bool kStrided, class Move>
 struct SlowKernel {
   using Args = StepArgs;
   using Shared = StagedRow;
-  static constexpr int kLeastBlocks = kLeastBlocksOf<T, kStrided>;
+  static constexpr int kLeastBlocks = kLeastBlocksOf<A, kStrided>;
 
   struct Body {
-    Memory<Param, T> p;
-    Memory<SlowParam, T> slow;
-    T alpha;
+    Memory<Codec, T> p;
+    Memory<Codec, T> slow;
+    A alpha;
 
     template <int kWidth, int kCount>
     RANGER_HOST_DEVICE void at(int first, int end) const {
@@ -300,7 +284,7 @@ struct SlowKernel {
     if (!Move::applies(staged)) return;
     const DeviceRow& row = staged.row;
     const Span span = span_of(chunk, row.numel);
-    const T alpha = coefficients_of<T>(staged.scalars).alpha;
+    const A alpha = coefficients_of<A>(staged.scalars).alpha;
     const auto from = [&](int64_t p, int64_t slow) {
       return Body{{row.data[kParam], p}, {row.data[kSlowParam], slow}, alpha};
     };
@@ -313,7 +297,7 @@ struct SlowKernel {
         from(at(kParam), at(kSlowParam)).template at<1, 1>(0, 1);
       }
     } else {
-      for_each_pack<kPackWidth, kPacksOf<T>>(thread, span.count, from(span.begin, span.begin));
+      for_each_pack<kPackWidth, kPacksOf<A>>(thread, span.count, from(span.begin, span.begin));
     }
   }
 };
@@ -334,22 +318,20 @@ struct Swap {
   RANGER_HOST_DEVICE static bool applies(const StagedRow& staged) {
     return staged.row.data[kSlowParam] != nullptr;
   }
-  template <typename T>
-  RANGER_HOST_DEVICE static void apply(T& p, T& slow, T) {
+  template <typename T, typename A>
+  RANGER_HOST_DEVICE static void apply(T& p, T& slow, A) {
     const T kept = p;
     p = slow;
     slow = kept;
   }
 };
 
-template <class Format, bool kStrided>
-using InterpolationKernel =
-    SlowKernel<typename Format::Param, typename Format::SlowParam, typename Format::Value,
-               Format::kPackWidth, kStrided, Interpolation>;
+template <typename T, bool kStrided>
+using InterpolationKernel = SlowKernel<Plain<T>, T, T, 16 / sizeof(T), kStrided, Interpolation>;
 
 // Bits change places, not values.
-template <class Format, bool kStrided>
-using SwapKernel = SlowKernel<typename Format::Param, typename Format::SlowParam,
-                              typename Format::Param::Stored, Format::kPackWidth, kStrided, Swap>;
+template <typename T, bool kStrided>
+using SwapKernel = SlowKernel<Bits<T>, T, std::conditional_t<sizeof(T) == 8, double, float>,
+                              16 / sizeof(T), kStrided, Swap>;
 
 }  // namespace ranger::cuda

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <iterator>
 
-#include "kernels.h"
 #include "runtime.h"
+#include "wide_kernels.h"
 
 namespace ranger::cuda {
 
@@ -49,12 +49,51 @@ void append_layout(std::vector<int64_t>& words, const Layout& layout) {
   }
 }
 
-// Calls `run` with the kernel for a launch's kind of rows: by_kind<RadamKernel>(launch, run).
-template <template <class Format, bool kStrided> class KernelOf, class Run>
+// The kernels of a step, a pull and a swap, for each format and for elements side by side or not.
+template <class Format>
+constexpr bool kIsLow = sizeof(typename Format::Param::Stored) == 2;
+
+struct StepKernels {
+  template <class Format, bool kStrided, template <typename> class Elements>
+  static auto of() {
+    using T = typename Format::Value;
+    using ExpAvg = typename Format::ExpAvg;
+    if constexpr (std::is_same_v<typename Format::Param, Plain<T>> &&
+                  std::is_same_v<ExpAvg, Plain<T>>) {
+      return RadamKernel<Format, kStrided>();
+    } else {
+      using Parameters = std::conditional_t<kIsLow<Format>, LowParameters, Float32Parameters>;
+      return WideRadamKernel<WideFormat<Parameters, ExpAvg, typename Format::ExpAvgSq>, Elements>();
+    }
+  }
+};
+
+struct PullKernels {
+  template <class Format, bool kStrided, template <typename> class Elements>
+  static auto of() {
+    if constexpr (kIsLow<Format>) {
+      return LowInterpolationKernel<Elements>();
+    } else {
+      return InterpolationKernel<typename Format::Value, kStrided>();
+    }
+  }
+};
+
+struct SwapKernels {
+  template <class Format, bool kStrided, template <typename> class Elements>
+  static auto of() {
+    using Stored = typename Format::Param::Stored;
+    return SwapKernel<std::conditional_t<kIsLow<Format>, uint16_t, Stored>, kStrided>();
+  }
+};
+
+// Calls `run` with the kernel for a launch's kind of rows.
+template <class Kernels, class Run>
 void by_kind(const Launch& launch, const Run& run) {
   by_format(launch.format, [&](auto format) {
     using Format = decltype(format);
-    launch.strided ? run(KernelOf<Format, true>()) : run(KernelOf<Format, false>());
+    launch.strided ? run(Kernels::template of<Format, true, Scattered>())
+                   : run(Kernels::template of<Format, false, Consecutive>());
   });
 }
 
@@ -94,9 +133,12 @@ void Launcher::prepare(const Rows& rows) {
     if (layout_of[at] >= 0) {
       record.layout = static_cast<const int64_t*>(tables->layouts.get()) + layout_of[at];
     }
+    record.first = row.first;
     record.group = row.group;
     record.is_float64 = info_of(row.format).value == DType::kFloat64;
     record.grad_dtype = static_cast<int16_t>(row.grad_dtype);
+    record.place = row.place;
+    record.codec = static_cast<int32_t>(info_of(row.format).codecs[kParam]);
     records.push_back(record);
   }
   tables->rows = on_device(records);
@@ -119,7 +161,7 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
   schedule(rows, hypers, signals, stream);
-  rule_ == Rule::kRadam ? run<RadamKernel>(stream) : run<InterpolationKernel>(stream);
+  rule_ == Rule::kRadam ? run<StepKernels>(stream) : run<PullKernels>(stream);
 }
 
 void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
@@ -127,8 +169,9 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
   for (const ScheduleLaunch& launch : geometry_.schedules) {
     by_tier(launch.words(), [&](auto kernel) {
       typename decltype(kernel)::Args args = {};
-      args.header = {tables(0),          launch.first_row,   launch.row_count,  launch.first_group,
-                     launch.group_count, signals.grad_scale, signals.found_inf, signals.norm};
+      args.header = {tables(0),          launch.first_row,   launch.row_count,
+                     launch.first_group, launch.group_count, signals.grad_scale,
+                     signals.found_inf,  signals.norm,       rule_ == Rule::kLookahead};
       uint64_t* word = args.words;
       for (int32_t i = 0; i < launch.group_count; ++i, word += kGroupWords) {
         const int32_t group = launch.first_group + i;
@@ -146,11 +189,11 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
   }
 }
 
-template <template <class Format, bool kStrided> class KernelOf>
+template <class Kernels>
 void Launcher::run(void* stream) {
   for (const Launch& launch : geometry_.launches) {
     const StepArgs args = {tables(launch.first_chunk)};
-    by_kind<KernelOf>(launch, [&](auto kernel) {
+    by_kind<Kernels>(launch, [&](auto kernel) {
       cuda::launch<decltype(kernel)>(launch.chunk_count, stream, args);
     });
   }
@@ -161,16 +204,15 @@ void Launcher::load_kernels(const Geometry& geometry) const {
   const auto load = [](auto kernel) { require<decltype(kernel)>(); };
   for (const ScheduleLaunch& launch : geometry.schedules) by_tier(launch.words(), load);
   for (const Launch& launch : geometry.launches) {
-    rule_ == Rule::kRadam ? by_kind<RadamKernel>(launch, load)
-                          : by_kind<InterpolationKernel>(launch, load);
-    if (launch.has_slow) by_kind<SwapKernel>(launch, load);
+    rule_ == Rule::kRadam ? by_kind<StepKernels>(launch, load) : by_kind<PullKernels>(launch, load);
+    if (launch.has_slow) by_kind<SwapKernels>(launch, load);
   }
 }
 
 void Launcher::swap(void* stream) {
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
-  run<SwapKernel>(stream);
+  run<SwapKernels>(stream);
 }
 
 }  // namespace ranger::cuda

@@ -50,7 +50,7 @@ class Launcher {
   Tables tables(int64_t first_chunk) const;
   void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
                 const Signals& signals, void* stream);
-  template <template <class Format, bool kStrided> class KernelOf>
+  template <class Kernels>
   void run(void* stream);
   void load_kernels(const Geometry& geometry) const;
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../formats/formats.h"
+#include "../rule/random.h"
 
 namespace ranger::cuda {
 
@@ -11,6 +12,17 @@ namespace ranger::cuda {
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Pack {
   T values[kWidth];
+};
+
+// Bits that nobody looks into.
+template <typename T>
+struct Bits {
+  using Stored = T;
+  template <typename>
+  static RANGER_HOST_DEVICE T decode(T stored) {
+    return stored;
+  }
+  static RANGER_HOST_DEVICE void encode(T value, uint32_t, T& stored, NoRest&) { stored = value; }
 };
 
 // A stream's memory from some element on, and its values. On a 16-byte boundary `kWidth` neighbours
@@ -45,8 +57,9 @@ class Memory {
   RANGER_HOST_DEVICE void store(int i, const Pack<Value, kWidth>& values) const {
     RANGER_ASSUME_GLOBAL(first_);
     Pack<Stored, kWidth> pack;
+    NoRest none;
     RANGER_UNROLL()
-    for (int j = 0; j < kWidth; ++j) pack.values[j] = Codec::encode(values.values[j]);
+    for (int j = 0; j < kWidth; ++j) Codec::encode(values.values[j], 0, pack.values[j], none);
     if (aligned_) {
       *reinterpret_cast<Pack<Stored, kWidth>*>(first_ + i) = pack;
       return;
@@ -71,8 +84,8 @@ class GradMemory {
   RANGER_HOST_DEVICE Pack<Value, kWidth> load(int i) const {
     RANGER_ASSUME_GLOBAL(base_);
     if (dtype_ == kDTypeOf<Value>) return as<Value>().template load<kWidth>(i);
-    return by_dtype(dtype_,
-                    [&](auto zero) { return as<decltype(zero)>().template load<kWidth>(i); });
+    return by_grad_dtype(dtype_,
+                         [&](auto zero) { return as<decltype(zero)>().template load<kWidth>(i); });
   }
 
  private:
@@ -85,5 +98,21 @@ class GradMemory {
   int64_t first_;
   DType dtype_;
 };
+
+// Where element `index` of a row lies in a tensor of it, in elements. A layout is the number of
+// dimensions, their sizes, and then the strides of each tensor, all outermost first.
+RANGER_HOST_DEVICE int64_t strided_offset(const int64_t* layout, int tensor, int64_t index) {
+  RANGER_ASSUME_GLOBAL(layout);
+  const int64_t ndim = layout[0];
+  const int64_t* sizes = layout + 1;
+  const int64_t* strides = sizes + ndim * (1 + tensor);
+  int64_t offset = 0;
+  RANGER_UNROLL(1)
+  for (int64_t dim = ndim - 1; dim >= 0; --dim) {
+    offset += index % sizes[dim] * strides[dim];
+    index /= sizes[dim];
+  }
+  return offset;
+}
 
 }  // namespace ranger::cuda

@@ -65,6 +65,12 @@ struct DeviceThread {
   __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int64_t block() const { return blockIdx.x; }
   __device__ __forceinline__ void barrier() const { __syncthreads(); }
+  // Of what four threads side by side have; the whole warp asks.
+  __device__ __forceinline__ uint32_t largest_of(uint32_t value) const {
+    constexpr unsigned kAll = 0xffffffffu;
+    value = max(value, __shfl_xor_sync(kAll, value, 1));
+    return max(value, __shfl_xor_sync(kAll, value, 2));
+  }
 };
 
 template <class Kernel>

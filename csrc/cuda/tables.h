@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../formats/rows.h"
+#include "../rule/random.h"
 #include "../rule/schedule.h"
 
 namespace ranger::cuda {
@@ -30,13 +31,16 @@ constexpr int kBlocks = RANGER_CUDA_BLOCKS;        // side by side on a multipro
 // --- on the device from step to step -----------------------------------------------------------
 
 struct DeviceRow {
-  void* data[kStreams];  // kGrad: not used, gradients are of a step
+  void* data[kTensors];  // kGrad: not used, gradients are of a step
   int64_t numel;
   float* step;
   const int64_t* layout;  // nullptr: all streams are consecutive; otherwise see strided_offset()
+  int64_t first;          // of its elements, in the whole parameter that it is a shard of
   int32_t group;
   int16_t is_float64;  // its arithmetic
   int16_t grad_dtype;  // DType
+  int32_t place;       // counted through the groups
+  int32_t codec;       // CodecId of the parameter
 };
 
 // A block's work: elements [index * kChunkSize, ...) of a row.
@@ -46,7 +50,7 @@ struct ChunkRef {
 };
 
 // What the schedule kernel writes for a row and the other kernels of the step read: flags, where
-// the gradient is, and the scalars in the type of the row's arithmetic.
+// the gradient is, the scalars in the type of the row's arithmetic, and the keys of random bits.
 constexpr int64_t kActive = 1, kRectified = 2, kL2 = 4, kSync = 8;
 
 struct RowScalars {
@@ -56,6 +60,7 @@ struct RowScalars {
     Coefficients<float> f32;
     Coefficients<double> f64;
   };
+  RandomKeys keys;
 };
 
 // --- arguments of a launch ---------------------------------------------------------------------
@@ -95,6 +100,7 @@ struct ScheduleHeader {
   DeviceScalar grad_scale;  // GradScaler's loss scale; none: 1
   DeviceScalar found_inf;   // not 0: nothing moves in this step
   DeviceScalar norm;        // of all gradients; read where a group clips
+  int64_t is_pull;          // the rule is kLookahead
 };
 
 constexpr int kHeaderWords = sizeof(ScheduleHeader) / 8;

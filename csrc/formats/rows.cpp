@@ -20,11 +20,16 @@ bool is_row_major(const Shape& shape) {
   return true;
 }
 
-std::vector<int32_t> memory_order(const Shape& shape) {
+std::vector<int32_t> row_major_order(const Shape& shape) {
   std::vector<int32_t> order;
   for (int32_t dim = 0; dim < shape.ndim; ++dim) {
     if (shape.sizes[dim] != 1) order.push_back(dim);
   }
+  return order;
+}
+
+std::vector<int32_t> memory_order(const Shape& shape) {
+  std::vector<int32_t> order = row_major_order(shape);
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return shape.strides[a] > shape.strides[b]; });
   return order;
@@ -60,14 +65,16 @@ bool is_disjoint(const Shape& shape) {
   return true;
 }
 
-int64_t extent(const TensorRow& row, Stream stream) {
-  const int64_t item = info_of(stored(row, stream)).item_size;
-  if (row.numel == 0 || row.layout == nullptr || row.layout->strides[stream].empty()) {
+int64_t extent(const TensorRow& row, int tensor) {
+  if (row.data[tensor] == nullptr) return 0;
+  const int64_t item = info_of(stored(row, tensor)).item_size;
+  if (is_grouped(row, tensor)) return (row.numel + kGroup - 1) / kGroup * item;
+  if (row.numel == 0 || row.layout == nullptr || row.layout->strides[tensor].empty()) {
     return row.numel * item;
   }
   int64_t last = 0;
   for (size_t dim = 0; dim < row.layout->sizes.size(); ++dim) {
-    last += (row.layout->sizes[dim] - 1) * row.layout->strides[stream][dim];
+    last += (row.layout->sizes[dim] - 1) * row.layout->strides[tensor][dim];
   }
   return (last + 1) * item;
 }

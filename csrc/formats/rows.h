@@ -21,7 +21,7 @@ using Strides = std::vector<int64_t>;
 // outermost dimension first, those of one element left out.
 struct Layout {
   std::vector<int64_t> sizes;
-  std::array<Strides, kStreams> strides;
+  std::array<Strides, kTensors> strides;  // none for what has an element for each group
 
   bool operator==(const Layout& other) const {
     return sizes == other.sizes && strides == other.strides;
@@ -32,9 +32,11 @@ struct Layout {
 constexpr int32_t kNobody = -1;
 
 struct TensorRow {
-  std::array<void*, kStreams> data = {};  // nullptr: the parameter has no such stream
+  std::array<void*, kTensors> data = {};  // nullptr: the parameter has no such stream
   float* step = nullptr;                  // its count of steps, where its kernels run
   int64_t numel = 0;
+  int64_t first = 0;  // of its elements, in the whole parameter that it is a shard of
+  int32_t place = 0;  // counted through the groups
   int32_t group = 0;
   int32_t launcher = kNobody;  // whose kernels move it
   int8_t device_type = 0;      // where it lies, as DLPack counts
@@ -44,9 +46,19 @@ struct TensorRow {
   std::shared_ptr<const Layout> layout;  // nullptr: every stream is consecutive
 };
 
-// What the elements of a stream are in memory.
-inline DType stored(const TensorRow& row, Stream stream) {
-  return stream == kGrad ? row.grad_dtype : info_of(row.format).stored[stream];
+inline const CodecInfo& codec_of(const TensorRow& row, int stream) {
+  return info_of(info_of(row.format).codecs[stream]);
+}
+
+// What the elements of a tensor are in memory.
+inline DType stored(const TensorRow& row, int tensor) {
+  if (tensor == kGrad) return row.grad_dtype;
+  return tensor < kRestOf ? codec_of(row, tensor).stored : codec_of(row, tensor - kRestOf).rest;
+}
+
+// Whether a tensor has an element for each group of elements, and not for each.
+inline bool is_grouped(const TensorRow& row, int tensor) {
+  return tensor > kRestOf && codec_of(row, tensor - kRestOf).is_grouped;
 }
 
 // The rows of an optimizer. `version` differs whenever anything but the gradients' addresses and
@@ -68,8 +80,9 @@ int64_t count_elements(const Shape& shape);
 // Whether the elements lie side by side, the last dimension's first.
 bool is_row_major(const Shape& shape);
 
-// The order in which memory runs: dimensions of more than one element, largest stride first, so
-// that a dense tensor of any permutation is consecutive.
+// Dimensions of more than one element: as they are, and in the order in which memory runs, largest
+// stride first, so that a dense tensor of any permutation is consecutive.
+std::vector<int32_t> row_major_order(const Shape& shape);
 std::vector<int32_t> memory_order(const Shape& shape);
 
 // The sizes in that order, and the strides: empty if the elements are consecutive.
@@ -79,7 +92,7 @@ Strides ordered_strides(const Shape& shape, const std::vector<int32_t>& order);
 // Whether it is certain that no two elements share memory.
 bool is_disjoint(const Shape& shape);
 
-// How many bytes lie between the first element of a stream and the end of its last.
-int64_t extent(const TensorRow& row, Stream stream);
+// How many bytes lie between the first element of a tensor and the end of its last.
+int64_t extent(const TensorRow& row, int tensor);
 
 }  // namespace ranger

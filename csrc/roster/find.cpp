@@ -23,8 +23,10 @@ bool same_name(PyObject* a, PyObject* b) {
 
 void Roster::enlist(const py::sequence& param_groups) {
   static PyObject* const kParams = interned("params");
+  static PyObject* const kRounding = interned("weight_rounding");
   const py::object groups = as_tuple(param_groups.ptr());
   group_count_ = static_cast<int32_t>(PyTuple_GET_SIZE(groups.ptr()));
+  weight_roundings_.assign(group_count_, std::string());
   bool same = true;
   size_t at = 0;
   for (int32_t group = 0; group < group_count_; ++group) {
@@ -32,13 +34,17 @@ void Roster::enlist(const py::sequence& param_groups) {
     if (!PyDict_Check(options)) throw py::type_error("a parameter group must be a dict");
     PyObject* const named = PyDict_GetItemWithError(options, kParams);
     if (named == nullptr) throw py::key_error("params");
+    PyObject* const rounding = PyDict_GetItemWithError(options, kRounding);
+    if (rounding != nullptr && PyUnicode_Check(rounding)) {
+      weight_roundings_[group] = py::handle(rounding).cast<std::string>();
+    }
     const py::object params = as_array(named, "a group's params must be a list");
     for (int32_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++at) {
       PyObject* const param = held_.keep(PySequence_Fast_GET_ITEM(params.ptr(), i));
-      if (at == members_.size()) members_.push_back({nullptr, 0, false});
+      if (at == members_.size()) members_.push_back({nullptr, 0, false, {}, 0});
       Member& member = members_[at];
       if (member.param == param && member.group == group) continue;
-      member = {param, group, false};
+      member = {param, group, false, {}, 0};
       same = false;
     }
   }

@@ -26,15 +26,29 @@ bool fits(const DLTensor& param, const DLTensor& tensor) {
   return same_device(param, tensor) && same_sizes(param, tensor);
 }
 
+// Whether the kernels can read it as that parameter's.
+bool is_gradient(const DLTensor& param, const DLTensor& grad) {
+  return fits(param, grad) && static_cast<int>(*dtype_of(grad)) < kGradDTypes;
+}
+
 // Whether they differ in no more than where the gradient is.
 bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
-  for (int stream = 0; stream < kStreams; ++stream) {
-    if (stream != kGrad && a.data[stream] != b.data[stream]) return false;
+  for (int tensor = 0; tensor < kTensors; ++tensor) {
+    if (tensor != kGrad && a.data[tensor] != b.data[tensor]) return false;
   }
   const bool same_layout = a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
-  return a.step == b.step && a.numel == b.numel && a.group == b.group && a.launcher == b.launcher &&
-         a.device_type == b.device_type && a.format == b.format && a.grad_dtype == b.grad_dtype &&
-         same_layout;
+  return a.step == b.step && a.numel == b.numel && a.first == b.first && a.place == b.place &&
+         a.group == b.group && a.launcher == b.launcher && a.device_type == b.device_type &&
+         a.format == b.format && a.grad_dtype == b.grad_dtype && same_layout;
+}
+
+// Whether the row's format has such a tensor, of a stream that the rule has.
+template <class Mover>
+bool belongs(const TensorRow& row, const Mover& mover, int tensor) {
+  if (mover.items[tensor] == nullptr) return false;
+  return tensor < kRestOf ||
+         (mover.items[tensor - kRestOf] != nullptr && tensor != kRestOf + kGrad &&
+          codec_of(row, tensor - kRestOf).has_rest());
 }
 
 }  // namespace
@@ -63,21 +77,28 @@ Roster::Use::Use(Roster& roster) : roster_(roster) {
 // --- a step ------------------------------------------------------------------------------------
 
 Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py::str step_name,
-               py::object dtensor, py::object plain, py::object plain_grad)
+               py::object dtensor, py::object plain, py::object plain_grad, py::object first_of)
     : exchange_(exchange_api),
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)),
+      first_of_(std::move(first_of)),
       prefetch_(exchange_) {
   if (!PyType_Check(dtensor_.ptr()) ||
       !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(dtensor_.ptr()), tensor_type())) {
     throw py::type_error("dtensor must be a type of tensors");
   }
-  if (streams.size() != kStateNames - 1) {
+  if (streams.size() != kNamed - 1) {
     throw py::value_error("streams must be three: the names of exp_avg, exp_avg_sq and slow_param");
   }
-  for (size_t i = 0; i < kStateNames - 1; ++i) names_[i] = streams[i];
-  names_[kStateNames - 1] = std::move(step_name);
+  for (int i = 0; i < kNamed - 1; ++i) names_[i] = streams[i];
+  names_[kNamed - 1] = std::move(step_name);
+  // Of what lies beside a stream that the rule does not have, nobody asks.
+  static constexpr const char* kRests[] = {"residual", "master", "exp_avg_scale",
+                                           "exp_avg_sq_scale", "slow_residual"};
+  for (int i = kNamed; i < kStateNames; ++i) {
+    names_[i] = py::reinterpret_borrow<py::object>(interned(kRests[i - kNamed]));
+  }
   for (const py::object& name : names_) {
     if (!name.is_none() && !PyUnicode_Check(name.ptr())) {
       throw py::type_error("the name of a state is a string or None");
@@ -85,28 +106,54 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
   }
 }
 
-void Roster::serve(const py::object& tensor, int32_t launcher, const std::string& format) {
+void Roster::serve(const py::object& tensor, const std::string& weight_rounding, int32_t launcher,
+                   const std::string& format) {
   DLTensor found;
   const void* cleared = nullptr;
   const auto* const info = std::find_if(std::begin(kFormatInfos), std::end(kFormatInfos),
                                         [&](const FormatInfo& one) { return one.name == format; });
   if (launcher < 0 || info == std::end(kFormatInfos) || !reads(tensor.ptr(), &cleared, &found) ||
-      dtype_of(found) != info->stored[kParam]) {
+      dtype_of(found) != info_of(info->codecs[kParam]).stored) {
     throw py::value_error("serve() takes a real tensor, a launcher's index, and a format for it");
   }
   const auto id = static_cast<FormatId>(info - std::begin(kFormatInfos));
-  kinds_.push_back({found.device, info->stored[kParam], launcher, id});
+  kinds_.push_back({found.device, *dtype_of(found), weight_rounding, launcher, id});
 }
 
-const Roster::Kind* Roster::kind_of(const DLTensor& param) const {
+// `is_pair`: what lies beside parameter and slow weight does not matter.
+const Roster::Kind* Roster::kind_of(const Mover& mover, const Described& found,
+                                    bool is_pair) const {
+  const DLTensor& param = found[kParam];
   const std::optional<DType> dtype = dtype_of(param);
   for (const Kind& kind : kinds_) {
-    if (kind.device.device_type == param.device.device_type &&
-        kind.device.device_id == param.device.device_id && kind.dtype == dtype) {
-      return &kind;
+    if (kind.device.device_type != param.device.device_type ||
+        kind.device.device_id != param.device.device_id || kind.dtype != dtype) {
+      continue;
     }
+    const FormatInfo& format = info_of(kind.format);
+    if (is_pair) {
+      if (info_of(format.codecs[kSlowParam]).stored == dtype) return &kind;
+      continue;
+    }
+    const std::string& asked = weight_roundings_[members_[mover.position].group];
+    if (!kind.weight_rounding.empty() && kind.weight_rounding != asked) continue;
+    if (has_state(mover, found, format)) return &kind;
   }
   return nullptr;
+}
+
+// Whether there is all that the format has of the rule's streams, in its dtypes. What else there is
+// does not matter.
+bool Roster::has_state(const Mover& mover, const Described& found, const FormatInfo& format) const {
+  for (int stream = 0; stream < kStreams; ++stream) {
+    if (stream == kGrad || mover.items[stream] == nullptr) continue;
+    const CodecInfo& codec = info_of(format.codecs[stream]);
+    if (dtype_of(found[stream]) != codec.stored) return false;
+    if (!codec.has_rest()) continue;
+    const int rest = kRestOf + stream;
+    if (mover.items[rest] == nullptr || dtype_of(found[rest]) != codec.rest) return false;
+  }
+  return true;
 }
 
 py::list Roster::collect(const py::sequence& param_groups, const py::dict& state,
@@ -271,9 +318,13 @@ bool Roster::look_at_all(Mover& mover, Described& found) {
   for (int item = 0; item < kItems; ++item) {
     if (mover.items[item] == nullptr) continue;
     const bool seen = reads(mover.items[item], &mover.cleared[item], &found[item]) &&
-                      (item != kGrad || fits(found[kParam], found[kGrad]));
+                      (item != kGrad || is_gradient(found[kParam], found[kGrad]));
     if (seen) continue;
-    if (mover.is_resolved[item] || !resolve(mover, item)) return false;
+    if (mover.is_resolved[item] || !resolve(mover, item)) {
+      if (item < kRestOf || item == kStep) return false;
+      mover.items[item] = nullptr;  // as if it were not there: the format may not need it
+      continue;
+    }
     mover.cleared[item] = nullptr;
     item = -1;  // from the start
   }
@@ -281,7 +332,7 @@ bool Roster::look_at_all(Mover& mover, Described& found) {
 }
 
 Roster::Outcome Roster::describe(Mover& mover) {
-  for (int i = 0; i < kStateNames; ++i) {
+  for (int i = 0; i < kNamed; ++i) {
     if (!names_[i].is_none() && mover.items[kItemOf[i]] == nullptr) return Outcome::kNeedsPython;
   }
   Described found;
@@ -293,45 +344,70 @@ Roster::Outcome Roster::describe(Mover& mover) {
   if (!same_device(step, found[kParam]) || dtype_of(step) != DType::kFloat32 || step.ndim != 0) {
     return Outcome::kNeedsPython;
   }
-  return enter(mover, found);
+  return enter(mover, found, false);
 }
 
-Roster::Outcome Roster::enter(const Mover& mover, const Described& found) {
+// Elements count from the first of the whole parameter. Asked for once, unless it is sharded anew.
+int64_t Roster::first_of(const Mover& mover) {
+  static PyObject* const kSpec = interned("_spec");
+  Member& member = members_[mover.position];
+  if (!is_dtensor(member.param)) return 0;
+  const py::object spec = take(PyObject_GetAttr(member.param, kSpec));
+  if (!spec.is(member.spec)) {
+    python_ran_ = true;
+    member.first = first_of_(py::handle(member.param)).cast<int64_t>();
+    member.spec = spec;
+  }
+  return member.first;
+}
+
+Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool is_pair) {
   const DLTensor& param = found[kParam];
   const Shape shape = shape_of(param);
   TensorRow next;
-  const Kind* const kind = kind_of(param);
+  const Kind* const kind = kind_of(mover, found, is_pair);
   if (kind == nullptr) return Outcome::kNeedsPython;
   next.launcher = kind->launcher;
   next.format = kind->format;
   next.device_type = static_cast<int8_t>(param.device.device_type);
   if (mover.items[kGrad] != nullptr) next.grad_dtype = dtype_of(found[kGrad]).value();
   next.numel = count_elements(shape);
+  next.place = mover.position;
   next.group = members_.empty() ? 0 : members_[mover.position].group;
   next.active = true;
   if (mover.items[kStep] != nullptr) next.step = static_cast<float*>(data_of(found[kStep]));
   if (next.device_type == kDLCPU) __builtin_prefetch(next.step);
+  const bool counts_elements = info_of(next.format).counts_elements();
+  if (counts_elements && !is_pair) next.first = first_of(mover);
   bool consecutive = true;
-  for (int stream = 0; stream < kStreams; ++stream) {
-    if (mover.items[stream] == nullptr) continue;
-    if (!fits(param, found[stream]) ||
-        dtype_of(found[stream]) != stored(next, static_cast<Stream>(stream))) {
+  for (int tensor = 0; tensor < kTensors; ++tensor) {
+    if (!belongs(next, mover, tensor)) continue;
+    const Shape its = shape_of(found[tensor]);
+    if (is_grouped(next, tensor)) {
+      const int64_t groups = (next.numel + kGroup - 1) / kGroup;
+      if (!same_device(param, found[tensor]) || count_elements(its) != groups ||
+          !is_row_major(its)) {
+        return Outcome::kNeedsPython;
+      }
+    } else if (!fits(param, found[tensor])) {
       return Outcome::kNeedsPython;
+    } else {
+      consecutive = consecutive && (next.numel == 0 || is_row_major(its));
     }
-    next.data[stream] = data_of(found[stream]);
-    consecutive = consecutive && (next.numel == 0 || is_row_major(shape_of(found[stream])));
+    next.data[tensor] = data_of(found[tensor]);
   }
   if (!consecutive) {
-    const std::vector<int32_t> order = memory_order(shape);
+    const std::vector<int32_t> order =
+        counts_elements && !is_pair ? row_major_order(shape) : memory_order(shape);
     auto layout = std::make_shared<Layout>();
     layout->sizes = ordered_sizes(shape, order);
     bool strided = false;
-    for (int stream = 0; stream < kStreams; ++stream) {
-      if (mover.items[stream] == nullptr) continue;
-      const Shape its = shape_of(found[stream]);
-      if (stream != kGrad && !is_disjoint(its)) return Outcome::kSharesMemory;
-      layout->strides[stream] = ordered_strides(its, order);
-      strided = strided || !layout->strides[stream].empty();
+    for (int tensor = 0; tensor < kTensors; ++tensor) {
+      if (next.data[tensor] == nullptr || is_grouped(next, tensor)) continue;
+      const Shape its = shape_of(found[tensor]);
+      if (tensor != kGrad && !is_disjoint(its)) return Outcome::kSharesMemory;
+      layout->strides[tensor] = ordered_strides(its, order);
+      strided = strided || !layout->strides[tensor].empty();
     }
     if (strided) next.layout = std::move(layout);
   }
@@ -409,7 +485,8 @@ py::list Roster::pair(const py::sequence& params, const py::sequence& slow_param
     const auto sees = [&](Stream stream) {
       return reads(mover.items[stream], &mover.cleared[stream], &found[stream]);
     };
-    const bool is_row = sees(kParam) && sees(kSlowParam) && enter(mover, found) == Outcome::kRow;
+    const bool is_row =
+        sees(kParam) && sees(kSlowParam) && enter(mover, found, true) == Outcome::kRow;
     if (!is_row) rest.append(mover.position);
   }
   if (written_.may_be_shared(rows_, false)) {

@@ -44,14 +44,17 @@ class Roster {
   // where the rule has none. `step_name`: that of the step count, a float32 scalar beside its
   // parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`, a tensor's own memory as
   // a real tensor; `plain_grad(param)`, likewise its gradient, where the kernels cannot read it as
-  // it is. Neither may hold the roster: Python's garbage collector does not see into it.
+  // it is; `first_of(dtensor)`, where in the whole its shard's elements begin. None may hold the
+  // roster: Python's garbage collector does not see into it.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
-         pybind11::object plain_grad);
+         pybind11::object plain_grad, pybind11::object first_of);
 
-  // From now on tensors of the dtype and on the device of `tensor` are moved by that launcher.
-  // `format`: a name of RANGER_FORMATS, how they and their state are stored.
-  void serve(const pybind11::object& tensor, int32_t launcher, const std::string& format);
+  // From now on tensors of the dtype and on the device of `tensor`, in groups of that
+  // "weight_rounding" (empty: in any), are moved by that launcher, if they and their state are
+  // stored as `format` says, a name of RANGER_FORMATS. The first that fits counts.
+  void serve(const pybind11::object& tensor, const std::string& weight_rounding, int32_t launcher,
+             const std::string& format);
 
   // Finds what moves: parameters by their position in the groups' order. `moved`: for each whether
   // it moves; None: those that have a gradient do, and it is read. Returns those that move and are
@@ -96,15 +99,26 @@ class Roster {
   };
 
  private:
-  static constexpr int kItems = kStreams + 1;  // the streams and the step count
-  static constexpr int kStep = kStreams;
-  static constexpr int kStateNames = 4;
-  static constexpr int kItemOf[kStateNames] = {kExpAvg, kExpAvgSq, kSlowParam, kStep};
+  static constexpr int kItems = kTensors + 1;  // and the step count
+  static constexpr int kStep = kTensors;
+  static constexpr int kNamed = 4;  // by the caller; those of what lies beside streams never differ
+  static constexpr int kStateNames = kNamed + 5;
+  static constexpr int kItemOf[kStateNames] = {kExpAvg,
+                                               kExpAvgSq,
+                                               kSlowParam,
+                                               kStep,
+                                               kRestOf + kParam,
+                                               kRestOf + kParam,
+                                               kRestOf + kExpAvg,
+                                               kRestOf + kExpAvgSq,
+                                               kRestOf + kSlowParam};
 
   struct Member {
     PyObject* param;  // compared from step to step; followed only in the step it was found in
     int32_t group;
-    bool again;  // a group names it twice; it moves once
+    bool again;             // a group names it twice; it moves once
+    pybind11::object spec;  // of a DTensor, and where its elements begin
+    int64_t first;
   };
   struct StateEntry {
     PyObject* key;     // only ever compared
@@ -113,6 +127,7 @@ class Roster {
   struct Kind {
     DLDevice device;
     DType dtype;
+    std::string weight_rounding;
     int32_t launcher;
     FormatId format;
   };
@@ -145,21 +160,25 @@ class Roster {
   }
   bool reads(PyObject* tensor, const void** cleared, DLTensor* found);
   bool resolve(Mover& mover, int item);
-  Outcome enter(const Mover& mover, const Described& found);
-  const Kind* kind_of(const DLTensor& param) const;
+  Outcome enter(const Mover& mover, const Described& found, bool is_pair);
+  const Kind* kind_of(const Mover& mover, const Described& found, bool is_pair) const;
+  bool has_state(const Mover& mover, const Described& found, const FormatInfo& format) const;
+  int64_t first_of(const Mover& mover);
   void settle_shared_memory(pybind11::list& rest);
 
   TensorExchange exchange_;
-  std::array<pybind11::object, kStateNames> names_;  // kExpAvg, kExpAvgSq, kSlowParam, kStep
+  std::array<pybind11::object, kStateNames> names_;  // of the items in kItemOf
   pybind11::object dtensor_;
   pybind11::object plain_;
   pybind11::object plain_grad_;
+  pybind11::object first_of_;
   const Prefetcher prefetch_;
   std::vector<Kind> kinds_;
 
   // From step to step, to compare with.
   std::vector<Member> members_;
   std::vector<StateEntry> state_entries_;
+  std::vector<std::string> weight_roundings_;  // of each group; empty: it has none
   int32_t group_count_ = 0;
   Rows rows_;
   WrittenMemory written_;

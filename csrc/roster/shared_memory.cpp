@@ -13,10 +13,9 @@ void append_span(const void* data, int64_t bytes, int32_t position, bool written
 }
 
 void append_spans(const TensorRow& row, int32_t position, bool gradient, std::vector<Span>& spans) {
-  for (int stream = 0; stream < kStreams; ++stream) {
-    if (stream == kGrad && !gradient) continue;
-    const int64_t bytes = extent(row, static_cast<Stream>(stream));
-    append_span(row.data[stream], bytes, position, stream != kGrad, spans);
+  for (int tensor = 0; tensor < kTensors; ++tensor) {
+    if (tensor == kGrad && !gradient) continue;
+    append_span(row.data[tensor], extent(row, tensor), position, tensor != kGrad, spans);
   }
   append_span(row.step, sizeof(float), position, true, spans);
 }

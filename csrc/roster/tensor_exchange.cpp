@@ -46,6 +46,8 @@ std::optional<DType> dtype_of(const DLTensor& tensor) {
   const DLDataType& dtype = tensor.dtype;
   if (dtype.lanes != 1) return std::nullopt;
   if (dtype.code == kDLBfloat && dtype.bits == 16) return DType::kBFloat16;
+  if (dtype.code == kDLInt && dtype.bits == 8) return DType::kInt8;
+  if (dtype.code == kDLUInt && dtype.bits == 8) return DType::kUInt8;
   if (dtype.code != kDLFloat) return std::nullopt;
   if (dtype.bits == 16) return DType::kFloat16;
   if (dtype.bits == 32) return DType::kFloat32;

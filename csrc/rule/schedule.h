@@ -27,6 +27,7 @@ struct Hyperparameters {
   double max_grad_norm;  // clip the gradients' total norm to this; infinity: no clipping
   int64_t decoupled_weight_decay;
   int64_t maximize;
+  int64_t seed;
 };
 
 // What changes from step to step, for one parameter at its own step t >= 1.

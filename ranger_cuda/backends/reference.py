@@ -7,19 +7,22 @@ may fuse two roundings into one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..state.codecs import GROUP, sqrt
 from ..state.formats import Format
 from ..state.hyperparameters import Hyperparameters
+from ..state.random_bits import Bits, Keys, keys_of, random_bits
 from ..state.tensors import plain
 from .schedule import Coefficients, coefficients, rounded
+
+# Elements at a time, a multiple of GROUP: memory for their values is all that a step needs.
+PIECE = 8192 * GROUP
 
 
 class Row(NamedTuple):
@@ -30,11 +33,51 @@ class Row(NamedTuple):
     state: dict[str, Any]
     group: int
     format: Format
+    place: int = 0  # counted through the groups
+    first: int = 0  # of its elements, in the whole parameter that it is a shard of
 
     def tensors(self) -> list[Tensor]:
         """All memory that a step of this parameter reads or writes."""
-        state = [plain(value) for value in self.state.values() if torch.is_tensor(value)]
-        return [plain(self.param), *state, *([] if self.grad is None else [self.grad])]
+        return [*self.streams().values()]
+
+    def streams(self) -> dict[str, Tensor]:
+        """The same, by name."""
+        found = {n: plain(value) for n, value in self.state.items() if torch.is_tensor(value)}
+        found["param"] = plain(self.param)
+        return found if self.grad is None else {**found, "grad": self.grad}
+
+
+def pieces(row: Row) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    """A parameter and all that belongs to it, piece by piece: where a piece begins, and its
+    elements in row-major order, one-dimensional. They are written in place."""
+    streams = row.streams()
+    count = streams["param"].numel()
+    if count <= PIECE and not row.format.counts_elements:
+        yield 0, streams
+        return
+    flat = {name: tensor.reshape(-1) for name, tensor in streams.items()}
+    grouped = {part.name for part in row.format.parts() if part.is_grouped}
+    for begin in range(0, count, PIECE):
+        end = min(begin + PIECE, count)
+        yield (
+            begin,
+            {
+                name: tensor[begin // GROUP : -(-end // GROUP)]
+                if name in grouped
+                else tensor[begin:end]
+                for name, tensor in flat.items()
+            },
+        )
+    for name, tensor in streams.items():
+        if not tensor.is_contiguous() and name != "grad":  # reshape() has copied it
+            tensor.copy_(flat[name].view_as(tensor))
+
+
+def bits_of(row: Row, keys: Keys, begin: int, param: Tensor) -> Bits:
+    """The random bits of a piece, where any are needed."""
+    if not any(codec.is_random for codec in row.format.codecs()):
+        return Bits()
+    return random_bits(keys, row.first + begin, param.numel(), param.device)
 
 
 @torch.no_grad()
@@ -50,7 +93,6 @@ def radam_step(
     """
     memo: dict[Any, Coefficients] = {}
     for row in rows:
-        assert row.grad is not None
         t = int(row.state["step"]) + 1
         format = row.format
         dtype = format.value
@@ -58,20 +100,20 @@ def radam_step(
         if key not in memo:
             memo[key] = coefficients(hypers[row.group], t, grad_scales[row.group], dtype)
         c = memo[key]
-
-        state = {name: plain(value) for name, value in row.state.items() if torch.is_tensor(value)}
-        param = plain(row.param)
-        p = format.param.decode(param, state, dtype)
-        m = format.exp_avg.decode(state["exp_avg"], state, dtype)
-        v = format.exp_avg_sq.decode(state["exp_avg_sq"], state, dtype)
-        p, m, v = radam(p, row.grad.to(dtype), m, v, c)
-        if c.sync:
-            slow = format.slow_param.decode(state["slow_param"], state, dtype)
-            p = lookahead(p, slow, c.alpha)
-            format.slow_param.encode(p, state["slow_param"], state)
-        format.param.encode(p, param, state)
-        format.exp_avg.encode(m, state["exp_avg"], state)
-        format.exp_avg_sq.encode(v, state["exp_avg_sq"], state)
+        keys = keys_of(hypers[row.group].seed, row.place, t)
+        for begin, piece in pieces(row):
+            bits = bits_of(row, keys, begin, piece["param"])
+            p = format.param.decode(piece["param"], piece, dtype)
+            m = format.exp_avg.decode(piece["exp_avg"], piece, dtype)
+            v = format.exp_avg_sq.decode(piece["exp_avg_sq"], piece, dtype)
+            p, m, v = radam(p, piece["grad"].to(dtype), m, v, c)
+            if c.sync:
+                slow = format.slow_param.decode(piece["slow_param"], piece, dtype)
+                p = lookahead(p, slow, c.alpha)
+                format.slow_param.encode(p, piece["slow_param"], piece, bits.param)
+            format.param.encode(p, piece["param"], piece, bits.param)
+            format.exp_avg.encode(m, piece["exp_avg"], piece, bits.exp_avg)
+            format.exp_avg_sq.encode(v, piece["exp_avg_sq"], piece, bits.exp_avg_sq)
         row.state["step"].fill_(t)
 
 
@@ -103,14 +145,6 @@ def lookahead(p: Tensor, slow: Tensor, alpha: float) -> Tensor:
     return p if alpha == 1.0 else slow + alpha * (p - slow)
 
 
-def sqrt(v: Tensor) -> Tensor:
-    """Correctly rounded square root. ``torch.sqrt`` on the CPU is not; NumPy's is."""
-    if v.device.type != "cpu" or is_traceable_wrapper_subclass(v):  # NumPy sees no wrapper's memory
-        return torch.sqrt(v)
-    array = v.detach().numpy()
-    return torch.from_numpy(np.sqrt(array, out=np.empty_like(array)))
-
-
 @torch.no_grad()
 def lookahead_step(
     rows: Sequence[Row], hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]
@@ -118,17 +152,18 @@ def lookahead_step(
     """Lookahead after another optimizer's step: every ``k`` steps, pull and go on from there."""
     for row in rows:
         t = int(row.state["lookahead_step"]) + 1
-        if t % hypers[row.group].k == 0:
+        hyper = hypers[row.group]
+        if t % hyper.k == 0:
             format, dtype = row.format, row.format.value
-            state = {
-                part.name: plain(row.state[part.name]) for part in format.parts(("slow_param",))
-            }
-            param, slow = plain(row.param), state["slow_param"]
-            alpha = rounded([hypers[row.group].alpha], dtype)[0]
-            p = format.param.decode(param, state, dtype)
-            p = lookahead(p, format.slow_param.decode(slow, state, dtype), alpha)
-            format.slow_param.encode(p, slow, state)
-            format.param.encode(p, param, state)
+            alpha = rounded([hyper.alpha], dtype)[0]
+            keys = keys_of(hyper.seed, row.place, t, pull=True)
+            for begin, piece in pieces(row):
+                bits = bits_of(row, keys, begin, piece["param"])
+                p = format.param.decode(piece["param"], piece, dtype)
+                slow = format.slow_param.decode(piece["slow_param"], piece, dtype)
+                p = lookahead(p, slow, alpha)
+                format.slow_param.encode(p, piece["slow_param"], piece, bits.param)
+                format.param.encode(p, piece["param"], piece, bits.param)
         row.state["lookahead_step"].fill_(t)
 
 

@@ -34,24 +34,24 @@ class Backend(NamedTuple):
     what: str
 
 
-_NATIVE = formats.dtypes(native=True)
+_ALL = formats.dtypes()
 
 # In the order in which backend=None tries them.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ("cuda",), _NATIVE, "CUDA kernels, one launch for the whole model"),
+        Backend("cuda", ("cuda",), _ALL, "CUDA kernels, one launch for the whole model"),
         Backend(
             "triton",
             ("cuda", "xpu"),
-            _NATIVE,
+            _ALL,
             "Triton kernels, for GPUs without a CUDA toolkit at install time",
         ),
-        Backend("cpu", ("cpu",), _NATIVE, "native C++, one parallel pass over the whole model"),
+        Backend("cpu", ("cpu",), _ALL, "native C++, one parallel pass over the whole model"),
         Backend(
             "reference",
             None,
-            formats.dtypes(),
+            _ALL,
             "plain PyTorch, one parameter at a time; the spec of the others",
         ),
     )

@@ -11,29 +11,55 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-# A tensor's record, in words (DeviceRow): the address of each stream, then these. GROUP has the
-# group in its lower half, then, in 16 bits each, whether the arithmetic is float64 and the
-# gradient's dtype.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, SLOW_PARAM = (tl.constexpr(i) for i in range(5))
-NUMEL, STEP, LAYOUT, GROUP = (tl.constexpr(i) for i in range(5, 9))
-ROW_WORDS = tl.constexpr(9)
+from .triton_codecs import (
+    GROUP_SIZE,
+    MAGNITUDE,
+    MOMENTS_FACTOR,
+    PARAM_FACTOR,
+    Keys,
+    bfloat16_value,
+    bits_of,
+    coded,
+    decode,
+    decode_group,
+    encode,
+    encode_group,
+    is_grouped,
+    is_random,
+    mixed,
+    random_bits,
+    rest_type,
+    scales_of,
+    spread,
+    stored_type,
+)
+
+# A tensor's record, in words (DeviceRow): the address of each stream, those of what is stored
+# beside them, then these. GROUP has the group in its lower half, then, in 16 bits each, whether the
+# arithmetic is float64 and the gradient's dtype; PLACE the parameter's place in its lower half.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, SLOW_PARAM, REST_OF = (tl.constexpr(i) for i in range(6))
+NUMEL, STEP, LAYOUT, FIRST, GROUP, PLACE = (tl.constexpr(i) for i in range(10, 16))
+ROW_WORDS, LOWER_HALF = tl.constexpr(16), tl.constexpr(0xFFFFFFFF)
 
 # A tensor's scalars, in words (RowScalars): flags, the address of its gradient, then the
-# coefficients, as float64, or as float32 in half of their words.
-SCALAR_WORDS, GRADIENT, COEFFICIENTS = tl.constexpr(12), tl.constexpr(1), tl.constexpr(2)
+# coefficients, as float64, or as float32 in half of their words; then the keys of random bits.
+SCALAR_WORDS, GRADIENT, COEFFICIENTS = tl.constexpr(14), tl.constexpr(1), tl.constexpr(2)
+KEYS = tl.constexpr(12)
 ACTIVE, RECTIFIED, L2, SYNC = (tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8))
 
 # The inputs of a step, in words: the address of each tensor's gradient; then those of three numbers
 # on the device (0: there is none), each with whether it is float64; then for each group its
 # Hyperparameters and a learning rate on the device.
 GRAD_SCALE, FOUND_INF, NORM, SIGNAL_WORDS = (tl.constexpr(i) for i in (0, 2, 4, 6))
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY, RHO_THRESHOLD, ALPHA, K, MAX_GRAD_NORM, DECOUPLED, MAXIMIZE = (
-    tl.constexpr(i) for i in range(11)
-)
-GROUP_LR, GROUP_WORDS = tl.constexpr(11), tl.constexpr(13)
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY, RHO_THRESHOLD, ALPHA, K = (tl.constexpr(i) for i in range(8))
+MAX_GRAD_NORM, DECOUPLED, MAXIMIZE, SEED, GROUP_LR = (tl.constexpr(i) for i in range(8, 13))
+GROUP_WORDS = tl.constexpr(14)
 
 # A gradient's dtype (DType of csrc/formats/formats.h): float32, or one of these.
 FLOAT64, BFLOAT16, FLOAT16 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+# How many values of float32 a thread has side by side, where it has 16 bytes of them.
+SIDE_BY_SIDE = tl.constexpr(4)
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -136,11 +162,12 @@ def ipow(base, exponent):
     return result
 
 
-@triton.jit(do_not_specialize=["count"])
-def schedule_kernel(rows, scalars, inputs, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "is_pull"])
+def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     """Count a step for each tensor that moves, and find its scalars (``csrc/rule/schedule.h``).
 
-    A gradient's address is 1 where the rule reads none, and 0 where the tensor rests.
+    A gradient's address is 1 where the rule reads none, and 0 where the tensor rests. ``is_pull``:
+    the rule is a pull alone, after another optimizer's step.
     """
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     inside = row < count
@@ -157,7 +184,7 @@ def schedule_kernel(rows, scalars, inputs, count, BLOCK: tl.constexpr):
     step = tl.load(counter, mask=active, other=0.0).to(tl.int64) + 1
     group_and_type = tl.load(record + GROUP, mask=inside, other=0)
     is_float64 = ((group_and_type >> 32) & 0xFFFF) != 0
-    group = inputs + count + SIGNAL_WORDS + (group_and_type & 0xFFFFFFFF) * GROUP_WORDS
+    group = inputs + count + SIGNAL_WORDS + (group_and_type & LOWER_HALF) * GROUP_WORDS
 
     lr = number_at(group + GROUP_LR, float64_at(group + LR, active), active)
     beta1 = float64_at(group + BETA1, active)
@@ -216,6 +243,9 @@ def schedule_kernel(rows, scalars, inputs, count, BLOCK: tl.constexpr):
     write_scalar(slot, 7, decay, active, is_float64)
     write_scalar(slot, 8, step_size, active, is_float64)
     write_scalar(slot, 9, alpha, active, is_float64)
+    place = tl.load(record + PLACE, mask=inside, other=0) & LOWER_HALF
+    seed = tl.load(group + SEED, mask=active, other=0)
+    write_keys(slot + KEYS, seed, place, 2 * step + is_pull, active)
     tl.store(counter, step.to(tl.float32), mask=active)
 
 
@@ -229,6 +259,15 @@ def write_scalar(slot, index: tl.constexpr, value, active, is_float64):
     tl.store(single, value.to(tl.float32), mask=active & (is_float64 == 0))
 
 
+@triton.jit
+def write_keys(to, seed, place, time, active):
+    """The keys of random bits (``random_keys()`` of csrc/rule/random.h)."""
+    of_param = mixed(mixed(seed.to(tl.uint64)) ^ place.to(tl.uint64))
+    word = mixed(of_param ^ time.to(tl.uint64))
+    tl.store(to, word.to(tl.int64), mask=active)  # the counter's, and the moments'
+    tl.store(to + 1, (mixed(word) & LOWER_HALF).to(tl.int64), mask=active)
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 
@@ -240,6 +279,33 @@ class Streams(NamedTuple):
     m: Any
     v: Any
     slow: Any
+
+
+class Pair(NamedTuple):
+    """Something of a stream's own tensor and of what is stored beside it, if anything is."""
+
+    own: Any
+    rest: Any
+
+
+class Place(NamedTuple):
+    """Which elements of a row a block has."""
+
+    first: Any  # of them
+    end: Any  # of all that there are
+    position: Any  # of each, in its whole parameter
+    mask: Any  # None: all are there
+
+
+@triton.jit
+def place(row_first, begin, start, count, lanes, WIDE: tl.constexpr):
+    """The lanes of a block that begins ``start`` behind its chunk, which has ``count`` elements."""
+    first = begin + start
+    position = (row_first + first).to(tl.uint32) + lanes.to(tl.uint32)
+    mask = None
+    if not WIDE:
+        mask = start + lanes < count
+    return Place(first, begin + count, position, mask)
 
 
 @triton.jit
@@ -273,16 +339,64 @@ def pointer(word, STORED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load(word, i, mask, STORED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
-    """Elements ``i`` of the stream at the address ``word``, as values."""
-    return tl.load(pointer(word, STORED, T, WIDE) + i, mask=mask).to(T)
+def has_rest_each(CODEC: tl.constexpr):
+    """Whether something is stored beside each element."""
+    return rest_type(CODEC) is not None and not is_grouped(CODEC)
 
 
 @triton.jit
-def store(word, i, values, mask, STORED: tl.constexpr, WIDE: tl.constexpr):
-    """Likewise."""
+def groups_of(at):
+    """The groups that a block begins with an element of, and which of them there are."""
+    group = tl.arange(0, at.position.shape[0] // GROUP_SIZE)
+    return at.first // GROUP_SIZE + group, at.first + group * GROUP_SIZE < at.end
+
+
+@triton.jit
+def load(words, i, at, CODEC: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements ``i`` of the stream at the addresses ``words``, as values."""
+    stored = tl.load(pointer(words.own, stored_type(CODEC), T, WIDE) + i.own, mask=at.mask)
+    if is_grouped(CODEC):
+        group, there = groups_of(at)
+        scales = words.rest.to(tl.pointer_type(rest_type(CODEC))) + group
+        scales = tl.load(scales, mask=None if WIDE else there)
+        values = decode_group(stored, spread(scales, GROUP_SIZE), CODEC)
+    elif rest_type(CODEC) is not None:
+        rest = tl.load(pointer(words.rest, rest_type(CODEC), T, WIDE) + i.rest, mask=at.mask)
+        values = decode(stored, rest, CODEC)
+    else:
+        values = decode(stored, stored, CODEC)
+    return values
+
+
+@triton.jit
+def store_scales(word, at, scales, WIDE: tl.constexpr):
+    """One for each group, from the thread that has the first of its elements: of as many lanes as
+    there are threads' neighbours, or the compiler exchanges them through shared memory."""
+    LANES: tl.constexpr = GROUP_SIZE // (SIDE_BY_SIDE if WIDE else 1)
+    lane = tl.arange(0, scales.shape[0] * LANES)
+    to = word.to(tl.pointer_type(tl.uint8)) + at.first // GROUP_SIZE + lane // LANES
+    mask = lane % LANES == 0
+    if not WIDE:
+        mask = mask & at.mask
+    tl.store(to, spread(scales, LANES), mask=mask)
+
+
+@triton.jit
+def store(words, i, at, values, random, CODEC: tl.constexpr, WIDE: tl.constexpr):
+    """Likewise. ``random``: 16 bits for each, where the codec rounds stochastically."""
     T: tl.constexpr = values.dtype
-    tl.store(pointer(word, STORED, T, WIDE) + i, values.to(STORED), mask=mask)
+    if is_grouped(CODEC):
+        values = coded(values, CODEC)
+        magnitudes = bits_of(values) & MAGNITUDE
+        scales = scales_of(magnitudes if WIDE else tl.where(at.mask, magnitudes, 0))
+        stored = encode_group(values, spread(scales, GROUP_SIZE), random, CODEC)
+        store_scales(words.rest, at, scales, WIDE)
+    else:
+        stored, rest = encode(values, random, CODEC)
+        if rest_type(CODEC) is not None:
+            to = pointer(words.rest, rest_type(CODEC), T, WIDE) + i.rest
+            tl.store(to, rest, mask=at.mask)
+    tl.store(pointer(words.own, stored_type(CODEC), T, WIDE) + i.own, stored, mask=at.mask)
 
 
 @triton.jit
@@ -299,18 +413,22 @@ def load_grad(word, i, mask, dtype, T: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_number(word, i, mask, STORED: tl.constexpr, T: tl.constexpr, WIDE: tl.constexpr):
+    """Elements that are numbers of a type."""
+    return tl.load(pointer(word, STORED, T, WIDE) + i, mask=mask).to(T)
+
+
+@triton.jit
 def load_any(word, i, mask, dtype, T: tl.constexpr, WIDE: tl.constexpr):
     """Elements of any dtype."""
     if dtype == FLOAT64:
-        g = load(word, i, mask, tl.float64, T, WIDE)
+        g = load_number(word, i, mask, tl.float64, T, WIDE)
     elif dtype == BFLOAT16:
-        # By hand, which is exact everywhere: denormals, too.
-        bits = tl.load(pointer(word, tl.uint16, T, WIDE) + i, mask=mask).to(tl.uint32)
-        g = (bits << 16).to(tl.float32, bitcast=True).to(T)
+        g = bfloat16_value(tl.load(pointer(word, tl.uint16, T, WIDE) + i, mask=mask)).to(T)
     elif dtype == FLOAT16:
-        g = load(word, i, mask, tl.float16, T, WIDE)
+        g = load_number(word, i, mask, tl.float16, T, WIDE)
     else:
-        g = load(word, i, mask, tl.float32, T, WIDE)
+        g = load_number(word, i, mask, tl.float32, T, WIDE)
     return g
 
 
@@ -343,6 +461,60 @@ def coefficients_at(words, T: tl.constexpr):
     )
 
 
+@triton.jit
+def keys_at(words):
+    """What ``write_keys`` wrote."""
+    at = words.to(tl.pointer_type(tl.uint32))
+    return Keys(counter=tl.load(at), moments=tl.load(at + 1), param=tl.load(at + 2))
+
+
+@triton.jit
+def param_bits(at, keys, CODEC: tl.constexpr):
+    """Random bits for the parameter, and its slow weight; anything, where none are needed."""
+    bits = at.position
+    if is_random(CODEC):
+        bits = random_bits(at.position, keys.counter, keys.param, PARAM_FACTOR, True)
+    return bits
+
+
+@triton.jit
+def moment_bits(at, keys, CODEC: tl.constexpr, UPPER: tl.constexpr):
+    """Likewise for a moment: one has the upper half of a word, the other the lower."""
+    bits = at.position
+    if is_random(CODEC):
+        bits = random_bits(at.position, keys.counter, keys.moments, MOMENTS_FACTOR, UPPER)
+    return bits
+
+
+@triton.jit
+def addresses(record, STREAM: tl.constexpr, CODEC: tl.constexpr):
+    """Of a stream, and of what is stored beside it."""
+    own = tl.load(record + STREAM)
+    rest = own
+    if rest_type(CODEC) is not None:
+        rest = tl.load(record + REST_OF + STREAM)
+    return Pair(own, rest)
+
+
+@triton.jit
+def offsets(layout, index, STREAM: tl.constexpr, CODEC: tl.constexpr):
+    """Where the elements lie of a stream, and of what is stored beside each."""
+    own = strided_offset(layout, STREAM, index)
+    rest = own
+    if has_rest_each(CODEC):
+        rest = strided_offset(layout, REST_OF + STREAM, index)
+    return Pair(own, rest)
+
+
+@triton.jit
+def written(words, CODEC: tl.constexpr):
+    """Of a stream's addresses, the bits that are in any."""
+    any_of = words.own
+    if has_rest_each(CODEC):
+        any_of = any_of | words.rest
+    return any_of
+
+
 class Step(NamedTuple):
     """What a tensor's step is: its scalars, and what applies."""
 
@@ -351,39 +523,43 @@ class Step(NamedTuple):
     rectified: Any
     sync: Any
     grad_dtype: Any
+    keys: Any
 
 
 @triton.jit
 def radam_block(
     words,
     i,
-    mask,
+    at,
     step,
     T: tl.constexpr,
-    PARAM_T: tl.constexpr,
-    EXP_AVG_T: tl.constexpr,
-    EXP_AVG_SQ_T: tl.constexpr,
-    SLOW_T: tl.constexpr,
+    PARAM_CODEC: tl.constexpr,
+    EXP_AVG_CODEC: tl.constexpr,
+    EXP_AVG_SQ_CODEC: tl.constexpr,
+    SLOW_CODEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The fused step of elements ``i`` of each stream: all are loaded before one is stored.
 
-    WIDE: all but the gradient lie at multiples of 16, and nothing is masked.
+    WIDE: all but the gradient and scales lie at multiples of 16, and nothing is masked.
     """
-    p = load(words.p, i.p, mask, PARAM_T, T, WIDE)
-    g = load_grad(words.g, i.g, mask, step.grad_dtype, T, WIDE)
-    m = load(words.m, i.m, mask, EXP_AVG_T, T, WIDE)
-    v = load(words.v, i.v, mask, EXP_AVG_SQ_T, T, WIDE)
+    p = load(words.p, i.p, at, PARAM_CODEC, T, WIDE)
+    g = load_grad(words.g, i.g, at.mask, step.grad_dtype, T, WIDE)
+    m = load(words.m, i.m, at, EXP_AVG_CODEC, T, WIDE)
+    v = load(words.v, i.v, at, EXP_AVG_SQ_CODEC, T, WIDE)
     slow = p
     if step.sync:
-        slow = load(words.slow, i.slow, mask, SLOW_T, T, WIDE)
+        slow = load(words.slow, i.slow, at, SLOW_CODEC, T, WIDE)
     p, m, v = radam(p, g, m, v, step.c, step.l2, step.rectified)
+    p_bits = param_bits(at, step.keys, PARAM_CODEC)
     if step.sync:
         p = lookahead(p, slow, step.c.alpha)
-        store(words.slow, i.slow, p, mask, SLOW_T, WIDE)
-    store(words.p, i.p, p, mask, PARAM_T, WIDE)
-    store(words.m, i.m, m, mask, EXP_AVG_T, WIDE)
-    store(words.v, i.v, v, mask, EXP_AVG_SQ_T, WIDE)
+        store(words.slow, i.slow, at, p, p_bits, SLOW_CODEC, WIDE)
+    store(words.p, i.p, at, p, p_bits, PARAM_CODEC, WIDE)
+    m_bits = moment_bits(at, step.keys, EXP_AVG_CODEC, True)
+    store(words.m, i.m, at, m, m_bits, EXP_AVG_CODEC, WIDE)
+    v_bits = moment_bits(at, step.keys, EXP_AVG_SQ_CODEC, False)
+    store(words.v, i.v, at, v, v_bits, EXP_AVG_SQ_CODEC, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -393,10 +569,10 @@ def radam_kernel(
     chunks,
     first_chunk,
     T: tl.constexpr,
-    PARAM_T: tl.constexpr,
-    EXP_AVG_T: tl.constexpr,
-    EXP_AVG_SQ_T: tl.constexpr,
-    SLOW_T: tl.constexpr,
+    PARAM_CODEC: tl.constexpr,
+    EXP_AVG_CODEC: tl.constexpr,
+    EXP_AVG_SQ_CODEC: tl.constexpr,
+    SLOW_CODEC: tl.constexpr,
     STRIDED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -414,87 +590,116 @@ def radam_kernel(
             rectified=(flags & RECTIFIED) != 0,
             sync=(flags & SYNC) != 0,
             grad_dtype=tl.load(record + GROUP) >> 48,
+            keys=keys_at(slot + KEYS),
         )
         words = Streams(
-            p=tl.load(record + PARAM),
+            p=addresses(record, PARAM, PARAM_CODEC),
             g=tl.load(slot + GRADIENT),
-            m=tl.load(record + EXP_AVG),
-            v=tl.load(record + EXP_AVG_SQ),
-            slow=tl.load(record + SLOW_PARAM),
+            m=addresses(record, EXP_AVG, EXP_AVG_CODEC),
+            v=addresses(record, EXP_AVG_SQ, EXP_AVG_SQ_CODEC),
+            slow=addresses(record, SLOW_PARAM, SLOW_CODEC),
         )
+        row_first = tl.load(record + FIRST)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
             lanes = tl.arange(0, BLOCK)
             for start in range(0, count, BLOCK):
                 index = begin + start + lanes
                 i = Streams(
-                    p=strided_offset(layout, PARAM, index),
+                    p=offsets(layout, index, PARAM, PARAM_CODEC),
                     g=strided_offset(layout, GRAD, index),
-                    m=strided_offset(layout, EXP_AVG, index),
-                    v=strided_offset(layout, EXP_AVG_SQ, index),
-                    slow=strided_offset(layout, SLOW_PARAM, index),
+                    m=offsets(layout, index, EXP_AVG, EXP_AVG_CODEC),
+                    v=offsets(layout, index, EXP_AVG_SQ, EXP_AVG_SQ_CODEC),
+                    slow=offsets(layout, index, SLOW_PARAM, SLOW_CODEC),
                 )
-                mask = start + lanes < count
                 radam_block(
-                    words, i, mask, step, T, PARAM_T, EXP_AVG_T, EXP_AVG_SQ_T, SLOW_T, False
+                    words,
+                    i,
+                    place(row_first, begin, start, count, lanes, False),
+                    step,
+                    T,
+                    PARAM_CODEC,
+                    EXP_AVG_CODEC,
+                    EXP_AVG_SQ_CODEC,
+                    SLOW_CODEC,
+                    False,
                 )
         else:
             # What is left over goes in blocks of another length: the compiler gives all loads of a
             # length the same layout, and neighbours in one thread would leave gaps between threads.
             # So does everything where a stream that is written does not lie at a multiple of 16.
-            written = words.p | words.m | words.v | words.slow
-            whole = tl.where((written & 15) == 0, count // BLOCK * BLOCK, 0)
+            any_of = written(words.p, PARAM_CODEC) | written(words.slow, SLOW_CODEC)
+            any_of = any_of | written(words.m, EXP_AVG_CODEC) | written(words.v, EXP_AVG_SQ_CODEC)
+            whole = tl.where((any_of & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
-                i = begin + start + tl.arange(0, BLOCK)
-                everywhere = Streams(i, i, i, i, i)
+                lanes = tl.arange(0, BLOCK)
+                i = begin + start + lanes
                 radam_block(
-                    words, everywhere, None, step, T, PARAM_T, EXP_AVG_T, EXP_AVG_SQ_T, SLOW_T, True
+                    words,
+                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i)),
+                    place(row_first, begin, start, count, lanes, True),
+                    step,
+                    T,
+                    PARAM_CODEC,
+                    EXP_AVG_CODEC,
+                    EXP_AVG_SQ_CODEC,
+                    SLOW_CODEC,
+                    True,
                 )
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
                 i = begin + start + rest
-                mask = start + rest < count
-                everywhere = Streams(i, i, i, i, i)
                 radam_block(
                     words,
-                    everywhere,
-                    mask,
+                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i)),
+                    place(row_first, begin, start, count, rest, False),
                     step,
                     T,
-                    PARAM_T,
-                    EXP_AVG_T,
-                    EXP_AVG_SQ_T,
-                    SLOW_T,
+                    PARAM_CODEC,
+                    EXP_AVG_CODEC,
+                    EXP_AVG_SQ_CODEC,
+                    SLOW_CODEC,
                     False,
                 )
 
 
 @triton.jit
 def slow_block(
-    p_word,
-    slow_word,
+    words,
     i_p,
     i_slow,
-    mask,
+    at,
     alpha,
+    keys,
     SWAP: tl.constexpr,
     T: tl.constexpr,
-    PARAM_T: tl.constexpr,
-    SLOW_T: tl.constexpr,
+    PARAM_CODEC: tl.constexpr,
+    SLOW_CODEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Parameters and slow weights change places, bits and not values, or are interpolated."""
     if SWAP:
-        p = load(p_word, i_p, mask, PARAM_T, PARAM_T, WIDE)
-        slow = load(slow_word, i_slow, mask, PARAM_T, PARAM_T, WIDE)
-        store(p_word, i_p, slow, mask, PARAM_T, WIDE)
-        store(slow_word, i_slow, p, mask, PARAM_T, WIDE)
+        STORED: tl.constexpr = stored_type(PARAM_CODEC)
+        to_p = pointer(words.p.own, STORED, STORED, WIDE) + i_p.own
+        to_slow = pointer(words.slow.own, STORED, STORED, WIDE) + i_slow.own
+        p = tl.load(to_p, mask=at.mask)
+        slow = tl.load(to_slow, mask=at.mask)
+        tl.store(to_p, slow, mask=at.mask)
+        tl.store(to_slow, p, mask=at.mask)
     else:
-        p = load(p_word, i_p, mask, PARAM_T, T, WIDE)
-        slow = load(slow_word, i_slow, mask, SLOW_T, T, WIDE)
+        p = load(words.p, i_p, at, PARAM_CODEC, T, WIDE)
+        slow = load(words.slow, i_slow, at, SLOW_CODEC, T, WIDE)
         slow = lookahead(p, slow, alpha)
-        store(p_word, i_p, slow, mask, PARAM_T, WIDE)
-        store(slow_word, i_slow, slow, mask, SLOW_T, WIDE)
+        bits = param_bits(at, keys, PARAM_CODEC)
+        store(words.p, i_p, at, slow, bits, PARAM_CODEC, WIDE)
+        store(words.slow, i_slow, at, slow, bits, SLOW_CODEC, WIDE)
+
+
+class Both(NamedTuple):
+    """Something of a parameter and of its slow weight."""
+
+    p: Any
+    slow: Any
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -504,8 +709,8 @@ def slow_kernel(
     chunks,
     first_chunk,
     T: tl.constexpr,
-    PARAM_T: tl.constexpr,
-    SLOW_T: tl.constexpr,
+    PARAM_CODEC: tl.constexpr,
+    SLOW_CODEC: tl.constexpr,
     STRIDED: tl.constexpr,
     SWAP: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -519,23 +724,32 @@ def slow_kernel(
     if (tl.load(record + SLOW_PARAM) if SWAP else sync) != 0:
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
         alpha = coefficients_at(slot + COEFFICIENTS, T).alpha
-        p = tl.load(record + PARAM)
-        slow = tl.load(record + SLOW_PARAM)
+        keys = keys_at(slot + KEYS)
+        words = Both(
+            p=addresses(record, PARAM, PARAM_CODEC),
+            slow=addresses(record, SLOW_PARAM, SLOW_CODEC),
+        )
+        row_first = tl.load(record + FIRST)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
             lanes = tl.arange(0, BLOCK)
             for start in range(0, count, BLOCK):
-                i_p = strided_offset(layout, PARAM, begin + start + lanes)
-                i_slow = strided_offset(layout, SLOW_PARAM, begin + start + lanes)
-                mask = start + lanes < count
-                slow_block(p, slow, i_p, i_slow, mask, alpha, SWAP, T, PARAM_T, SLOW_T, False)
+                i_p = offsets(layout, begin + start + lanes, PARAM, PARAM_CODEC)
+                i_slow = offsets(layout, begin + start + lanes, SLOW_PARAM, SLOW_CODEC)
+                at = place(row_first, begin, start, count, lanes, False)
+                slow_block(
+                    words, i_p, i_slow, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False
+                )
         else:
-            whole = tl.where(((p | slow) & 15) == 0, count // BLOCK * BLOCK, 0)
+            any_of = written(words.p, PARAM_CODEC) | written(words.slow, SLOW_CODEC)
+            whole = tl.where((any_of & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
-                i = begin + start + tl.arange(0, BLOCK)
-                slow_block(p, slow, i, i, None, alpha, SWAP, T, PARAM_T, SLOW_T, True)
+                lanes = tl.arange(0, BLOCK)
+                i = Pair(begin + start + lanes, begin + start + lanes)
+                at = place(row_first, begin, start, count, lanes, True)
+                slow_block(words, i, i, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, True)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
-                i = begin + start + rest
-                mask = start + rest < count
-                slow_block(p, slow, i, i, mask, alpha, SWAP, T, PARAM_T, SLOW_T, False)
+                i = Pair(begin + start + rest, begin + start + rest)
+                at = place(row_first, begin, start, count, rest, False)
+                slow_block(words, i, i, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False)

@@ -52,8 +52,12 @@ class TensorRow(NamedTuple):
     grad_dtype: int  # its place in formats.GRAD_DTYPES
     group: int
     step: int  # address of its count
+    first: int  # of its elements, in the whole parameter that it is a shard of
+    place: int  # counted through the groups
     sizes: list[int]  # empty where all streams are consecutive, as their strides
-    data: list[int]  # addresses of parameter, gradient, exp_avg, exp_avg_sq, slow_param; 0: none
+    # Addresses of parameter, gradient, exp_avg, exp_avg_sq and slow_param, then of what is stored
+    # beside each; 0: none.
+    data: list[int]
     strides: list[list[int]]  # of the same; empty: its elements are consecutive
 
 
@@ -109,21 +113,25 @@ class DeviceTables:
             if strided:
                 words += layout_words(row)
         self.layouts = self._to_device(np.array(words or [0], dtype=np.int64))
-        records = np.zeros((len(rows), 9), dtype=np.int64)
+        kernels = load_kernels()
+        records = np.zeros((len(rows), kernels.ROW_WORDS.value), dtype=np.int64)
         for record, row, place in zip(records, ordered, places, strict=True):
-            record[:5] = [word(address) for address in row.data]
-            record[5] = row.numel
-            record[6] = word(row.step)
-            record[7] = 0 if place < 0 else word(self.layouts.data_ptr() + 8 * place)
             is_float64 = FORMATS[row.format].value == torch.float64
-            record[8] = row.group | is_float64 << 32 | row.grad_dtype << 48
+            record[:] = [
+                *(word(address) for address in row.data),
+                row.numel,
+                word(row.step),
+                0 if place < 0 else word(self.layouts.data_ptr() + 8 * place),
+                row.first,
+                row.group | is_float64 << 32 | row.grad_dtype << 48,
+                row.place,
+            ]
         self._has_slow = any(row.data[4] for row in ordered)
         chunks = [-(-row.numel // CHUNK) for row in ordered]
         table = np.zeros((sum(chunks), 2), dtype=np.int32)
         table[:, 0] = np.repeat(np.arange(len(rows)), chunks)
         firsts = np.concatenate([[0], np.cumsum(chunks)])
         table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
-        kernels = load_kernels()
         input_words = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
         inputs = np.zeros(len(rows) + input_words, dtype=np.int64)
         scalars = np.zeros((len(rows), kernels.SCALAR_WORDS.value), dtype=np.int64)
@@ -158,7 +166,7 @@ class DeviceTables:
                 if kind not in tried:
                     one = launch._replace(first_chunk=0, chunks=1)
                     self._run_rule(one, nothing)
-                    if self._has_slow:
+                    if self._has_slow and is_swapped(launch.format):
                         self._slow(one, nothing, swap=True)
                     tried.add(kind)
 
@@ -223,6 +231,7 @@ class DeviceTables:
             tables.scalars,
             tables.inputs,
             count,
+            int(self._rule == "LOOKAHEAD"),
             BLOCK=SCHEDULE_BLOCK,
             enable_fp_fusion=False,
         )
@@ -236,13 +245,13 @@ class DeviceTables:
             *tables[:3],
             launch.first_chunk,
             **options(kernels, launch),
-            **moment_options(kernels, launch),
+            **moment_options(launch),
         )
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:
         kernels = load_kernels()
         kernels.slow_kernel[(launch.chunks,)](
-            *tables[:3], launch.first_chunk, SWAP=swap, **options(kernels, launch)
+            *tables[:3], launch.first_chunk, SWAP=swap, **options(kernels, launch, swap)
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -294,27 +303,38 @@ def group_words(numbers: bytes, lrs: Sequence[Tensor | None]) -> list[int]:
     return words
 
 
-def options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
-    """What a kernel of this kind is compiled with."""
+def options(kernels: ModuleType, launch: Launch, swap: bool = False) -> dict[str, Any]:
+    """What a kernel of this kind is compiled with; ``swap``: one that only moves bits."""
     format = launch.format
     return {
         "T": triton_dtype(kernels, format.value),
-        "PARAM_T": triton_dtype(kernels, format.param.dtype),
-        "SLOW_T": triton_dtype(kernels, format.slow_param.dtype),
+        "PARAM_CODEC": format.param.name,
+        "SLOW_CODEC": format.slow_param.name,
         "STRIDED": launch.strided,
         "CHUNK": CHUNK,
-        "BLOCK": BLOCK[format.value],
+        "BLOCK": BLOCK[format.value] if swap else block_of(format),
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }
 
 
-def moment_options(kernels: ModuleType, launch: Launch) -> dict[str, Any]:
+def moment_options(launch: Launch) -> dict[str, Any]:
     """The same, of a kernel that moves moments."""
     return {
-        "EXP_AVG_T": triton_dtype(kernels, launch.format.exp_avg.dtype),
-        "EXP_AVG_SQ_T": triton_dtype(kernels, launch.format.exp_avg_sq.dtype),
+        "EXP_AVG_CODEC": launch.format.exp_avg.name,
+        "EXP_AVG_SQ_CODEC": launch.format.exp_avg_sq.name,
     }
+
+
+def is_swapped(format: formats.Format) -> bool:
+    """Whether a parameter and its slow weight are of one dtype, and change places."""
+    return format.param.dtype == format.slow_param.dtype
+
+
+def block_of(format: formats.Format) -> int:
+    """Elements of a block; random bits and groups take registers, and leave room for half."""
+    block = BLOCK[format.value]
+    return block // 2 if format.counts_elements else block
 
 
 def triton_dtype(kernels: ModuleType, dtype: torch.dtype) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..state.formats import STATE_DTYPES, WEIGHT_ROUNDINGS
 from .gpt import SHAPES
 from .optimizers import OPTIMIZERS
-from .settings import DEFAULTS, EVERY_OPTIMIZER, NARROW
+from .settings import DEFAULTS, DTYPES, EVERY_OPTIMIZER, NARROW
 
 DEFAULT_OUT = "ranger_train"
 
@@ -61,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(how, "--device", "cpu, cuda, cuda:1, ..., or auto", type=_device)
     about = f"of the CPU (default: 1 up to a width of {NARROW}, else PyTorch's choice)"
     add(how, "--threads", about, type=_positive, metavar="N")
+
+    add(how, "--dtype", "of the model", choices=DTYPES)
+    about = "of bfloat16 and float16 parameters, by ranger_cuda's optimizers"
+    add(how, "--weight-rounding", about, choices=WEIGHT_ROUNDINGS)
+    names = [str(dtype).removeprefix("torch.") for dtype in STATE_DTYPES]
+    add(how, "--state-dtype", "of their moments", choices=names)
 
     where = parser.add_argument_group("where to, and how to go on")
     where.add_argument(

@@ -84,4 +84,4 @@ class GPT(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of the next byte, in nats."""
-        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,15 +19,18 @@ class Choice(NamedTuple):
 
     what: str
     lr: float
-    build: Callable[[Iterable[nn.Parameter], float], Optimizer]
+    build: Callable[..., Optimizer]  # of the parameters, the rate, and Settings.storage if it takes
+    takes_storage: bool = False
 
 
-def _ranger(params: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    return ranger_cuda.Ranger(params, lr=lr, weight_decay=WEIGHT_DECAY)
+def _ranger(params: Iterable[nn.Parameter], lr: float, **storage: Any) -> Optimizer:
+    return ranger_cuda.Ranger(params, lr=lr, weight_decay=WEIGHT_DECAY, **storage)
 
 
-def _ranger_cuda_radam(params: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    return ranger_cuda.RAdam(params, lr=lr, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True)
+def _ranger_cuda_radam(params: Iterable[nn.Parameter], lr: float, **storage: Any) -> Optimizer:
+    return ranger_cuda.RAdam(
+        params, lr=lr, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=True, **storage
+    )
 
 
 def _lookahead_adamw(params: Iterable[nn.Parameter], lr: float) -> Optimizer:
@@ -62,8 +65,8 @@ def _sgd(params: Iterable[nn.Parameter], lr: float) -> Optimizer:
 #   lookahead-adamw                1.713  1.681  1.868
 #   sgd              0.03: 1.857   0.1: 1.866   0.3: 2.324   1: diverges
 OPTIMIZERS = {
-    "ranger": Choice("ranger_cuda.Ranger", 4e-3, _ranger),
-    "fused-radam": Choice("ranger_cuda.RAdam", 2e-3, _ranger_cuda_radam),
+    "ranger": Choice("ranger_cuda.Ranger", 4e-3, _ranger, takes_storage=True),
+    "fused-radam": Choice("ranger_cuda.RAdam", 2e-3, _ranger_cuda_radam, takes_storage=True),
     "lookahead-adamw": Choice("ranger_cuda.Lookahead around AdamW", 4e-3, _lookahead_adamw),
     "adamw": Choice("torch.optim.AdamW(fused=True)", 1e-3, _adamw),
     "radam": Choice("torch.optim.RAdam(foreach=True)", 2e-3, _radam),

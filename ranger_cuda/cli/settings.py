@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..state import formats
+from ..state.formats import WEIGHT_ROUNDINGS
 from . import corpus
 from .errors import CommandError
 from .gpt import SHAPES, Shape
@@ -25,7 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "steps": 4000,
     "checkpoint_every": 500,
     "evaluate_every": 200,
+    "dtype": "float32",
+    "weight_rounding": WEIGHT_ROUNDINGS[0],
+    "state_dtype": "float32",
 }
+DTYPES = ("float32", "bfloat16", "float16")
 
 EVERY_OPTIMIZER = "*"  # the key of a learning rate that was given without a name
 
@@ -62,6 +68,16 @@ class Settings:
     steps: int
     checkpoint_every: int
     evaluate_every: int
+    # Of the model, and of what ranger_cuda's optimizers keep of it; runs of old have none.
+    dtype: str = DEFAULTS["dtype"]
+    weight_rounding: str = DEFAULTS["weight_rounding"]
+    state_dtype: str = DEFAULTS["state_dtype"]
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """The same, as arguments of ranger_cuda's optimizers."""
+        state_dtype = getattr(torch, self.state_dtype, self.state_dtype)  # or "8bit"
+        return {"weight_rounding": self.weight_rounding, "state_dtype": state_dtype}
 
     @property
     def shape(self) -> Shape:
@@ -163,6 +179,10 @@ def _check(settings: Settings) -> None:
             f"--threads {settings.threads} is far more than the {os.cpu_count()} CPUs here can "
             f"use; give no more than {MOST_THREADS}"
         )
+    try:
+        formats.of(getattr(torch, settings.dtype), **settings.storage)
+    except ValueError as error:
+        raise CommandError(f"--dtype {settings.dtype}: {error}") from error
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:

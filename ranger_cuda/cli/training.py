@@ -42,8 +42,11 @@ class Run:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self.device = torch.device(settings.device)
-        self.model = GPT(settings.shape, settings.seed).to(self.device)
-        self.optimizer = OPTIMIZERS[name].build(self.model.parameters(), settings.lr[name])
+        model = GPT(settings.shape, settings.seed)
+        self.model = model.to(self.device, getattr(torch, settings.dtype))
+        choice = OPTIMIZERS[name]
+        storage = settings.storage if choice.takes_storage else {}
+        self.optimizer = choice.build(self.model.parameters(), settings.lr[name], **storage)
         self.history = History()
 
     def step(self, batch: corpus.Batch) -> None:

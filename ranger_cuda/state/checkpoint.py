@@ -17,10 +17,13 @@ from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from . import formats, hyperparameters
-from .tensors import DTensor, check_allocated, is_count, local, shown
+from .codecs import Codec
+from .formats import Format
+from .new_state import new_part
+from .tensors import DTensor, check_allocated, is_count, local, plain, shown
 
 COUNTS = ("step", "lookahead_step")
-LOOKAHEAD = ("slow_param", "lookahead_step")
+LOOKAHEAD = ("slow_param", "slow_residual", "lookahead_step")
 # Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
 FOREIGN_KEYS = ("amsgrad", "momentum_decay", "N_sma_threshhold")
 
@@ -78,6 +81,13 @@ def shield_state(
                 f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
             )
         known = {"step", *formats.known_parts(params[key].dtype, names)}
+        for rest in ("exp_avg_scale", "exp_avg_sq_scale"):
+            stream = value.get(rest.removesuffix("_scale"))
+            if isinstance(stream, Tensor) and stream.dtype == torch.uint8 and rest not in value:
+                raise ValueError(
+                    f"loaded state dict: the state of parameter {key} has 8-bit moments but no "
+                    f"{rest!r}, without which they mean nothing"
+                )
         kept = {}
         for name, item in value.items():
             if name in known:
@@ -239,18 +249,22 @@ def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
             )
         return
     shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {shown(value)}"
-    if shape != tuple(param.shape):
+    wanted = formats.PARTS[name].shape_for(param.shape)
+    if shape != wanted:
         raise ValueError(
             f"{what} has shape {shape}, but the parameter has shape {tuple(param.shape)}"
+            + ("" if wanted == tuple(param.shape) else f", so that it should have {wanted}")
         )
-    part = formats.PARTS[name]
-    if part.is_bits and not keeps_bits(value, part.dtype):
+    dtypes = formats.dtypes_of(name)
+    is_bits = name not in formats.STREAMS or value.dtype in (torch.uint8, torch.int8)
+    if is_bits and value.dtype not in dtypes:
         raise ValueError(
-            f"{what} is {value.dtype}, but it is the bits of a {part.dtype}, which no other "
-            "dtype keeps; save and load state without casting it"
+            f"{what} is {value.dtype}, but it is the bits of a "
+            + " or ".join(map(str, dtypes))
+            + ", which no other dtype keeps; save and load state without casting it"
         )
     kind = param.is_complex(), not param.is_complex()
-    if not part.is_bits and (value.is_complex(), value.is_floating_point()) != kind:
+    if not is_bits and (value.is_complex(), value.is_floating_point()) != kind:
         raise ValueError(
             f"{what} is {value.dtype}, but the parameter is {param.dtype}; real parameters have "
             "floating-point state, and complex ones complex state"
@@ -262,16 +276,6 @@ def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
         )
 
 
-def keeps_bits(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``value`` is ``dtype``, or integers that a hook has widened."""
-    if value.dtype == dtype or dtype.is_floating_point:
-        return value.dtype == dtype
-    value = local(value.detach())
-    return value.dtype in (torch.int32, torch.int64) and torch.equal(
-        value.to(dtype).to(value.dtype), value
-    )
-
-
 def placement(tensor: Tensor) -> Any:
     """How a tensor is spread over ranks, comparable and in words."""
     if not isinstance(tensor, DTensor):
@@ -279,28 +283,67 @@ def placement(tensor: Tensor) -> Any:
     return f"a DTensor, {tensor.placements} on {tensor.device_mesh}"
 
 
-def restore_state(
-    param: Tensor, saved: dict[str, Any], state_dtype: torch.dtype = formats.STATE_DTYPES[0]
-) -> dict[str, Any]:
-    """The state of ``param``, in memory of its own: on its device, and each tensor in the precision
-    it is kept in."""
-    parts = formats.known_parts(param.dtype, formats.STREAMS, state_dtype)
+def restore_state(param: Tensor, saved: dict[str, Any], format: Format) -> dict[str, Any]:
+    """The state of ``param``, in memory of its own: on its device, and stored as ``format`` says.
+
+    What is stored otherwise in the checkpoint is rounded to nearest.
+    """
+    state: dict[str, Any] = {}
     with torch.inference_mode(False):  # what is made in it could not be written outside
-        # Names that were read from a file are not the interned ones, which are compared faster.
+        for name, value in saved.items():
+            if name in COUNTS:
+                state[name] = step_tensor(value)
+            elif name not in formats.PARTS:
+                state[name] = copy.deepcopy(value)
+        for part in format.param.rest:
+            if part.name in saved:
+                state[part.name] = _restore_rest(param, saved[part.name], part.dtype)
+        for stream in formats.STREAMS:
+            if stream in saved:
+                state |= _restore_stream(param, stream, saved, format)
+    # Names that were read from a file are not the interned ones, which are compared faster.
+    return {sys.intern(str(n)) if isinstance(n, str) else n: v for n, v in state.items()}
+
+
+def _restore_rest(param: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is stored beside a parameter, which is its bits: as 16 bits, or as the upper 8."""
+    value = value.detach()
+    if value.dtype == dtype:
+        return value.to(param.device, copy=True)
+    if value.dtype == torch.bfloat16:
+        value = value.view(torch.int16)
+    wide = value.int() * (256 if value.dtype == torch.int8 else 1)
+    if dtype == torch.int8:
+        return ((wide + 128) >> 8).clamp(max=127).to(param.device, dtype)
+    return wide.to(param.device, torch.int16).view(dtype)
+
+
+def _restore_stream(
+    param: Tensor, stream: str, saved: dict[str, Any], format: Format
+) -> dict[str, Tensor]:
+    """A stream and the rest of it."""
+    parts = format.of(stream)
+    codec: Codec = getattr(format, stream)
+    source = formats.codec_of(stream, saved)  # None: numbers
+    if source == codec or (source is None and not codec.rest):
         return {
-            sys.intern(str(name)) if isinstance(name, str) else name: _restore(
-                param, name, value, parts
-            )
-            for name, value in saved.items()
+            part.name: saved[part.name].detach().to(param.device, part.dtype_for(param), copy=True)
+            for part in parts
         }
-
-
-def _restore(param: Tensor, name: str, value: Any, parts: dict[str, formats.Part]) -> Any:
-    if name in COUNTS:
-        return step_tensor(value)
-    if name in parts:
-        return value.detach().to(param.device, parts[name].dtype_for(param), copy=True)
-    return copy.deepcopy(value)
+    new = {part.name: new_part(part, param) for part in parts}
+    given = {
+        name: plain(value).to(param.device).reshape(-1)
+        for name, value in saved.items()
+        if isinstance(value, Tensor)
+    }
+    main = given[stream]
+    value = main.float() if source is None else source.decode(main, given, torch.float32)
+    flat = {name: plain(tensor).reshape(-1) for name, tensor in new.items()}
+    half = torch.full_like(value, 0x8000, dtype=torch.int32)
+    codec.encode(value, flat[stream], flat, half)
+    for name, tensor in new.items():  # of which reshape() may have made a copy
+        plain(tensor).copy_(flat[name].view_as(plain(tensor)))
+    return new
 
 
 CPU = torch.device("cpu")

@@ -2,122 +2,36 @@
 checkpoint, the reference, the kernels' launchers and ``info`` all read it.
 
 A format has a codec for each stream (the parameter, its moments, its slow weight) around a rule
-that sees float32 or float64 values only. ``csrc/formats/formats.h`` has the rows that kernels
-serve.
+that sees float32 or float64 values only. ``csrc/formats/formats.h`` has the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import override  # torch depends on it
 
-State = Mapping[str, Tensor]  # by name
-
-
-class Part(NamedTuple):
-    """A tensor of a parameter's state; of the parameter's shape.
-
-    Attributes:
-        dtype: of a real parameter's; a complex one's is complex.
-        starts_as_param: whether it starts as the parameter, or as zeros.
-        is_bits: whether another dtype would not keep what it says.
-    """
-
-    name: str
-    dtype: torch.dtype
-    starts_as_param: bool = False
-    is_bits: bool = False
-
-    def dtype_for(self, param: Tensor) -> torch.dtype:
-        """The dtype of it beside ``param``."""
-        return self.dtype.to_complex() if param.is_complex() else self.dtype
-
-    def new(self, param: Tensor) -> Tensor:
-        """It, before the first update of ``param``."""
-        keep, dtype = torch.preserve_format, self.dtype_for(param)
-        if self.starts_as_param:
-            return param.detach().to(dtype, copy=True, memory_format=keep)
-        return torch.zeros_like(param, dtype=dtype, memory_format=keep, requires_grad=False)
-
-
-@dataclass(frozen=True)
-class Codec:
-    """Values as they are, rounded to nearest where the type is narrower than the arithmetic's.
-
-    Attributes:
-        dtype: of the stream's own tensor.
-        rest: what is stored beside it.
-    """
-
-    dtype: torch.dtype
-    rest: tuple[Part, ...] = ()
-
-    def decode(self, stored: Tensor, rest: State, value: torch.dtype) -> Tensor:
-        """The values, of dtype ``value``; ``stored`` itself where they are the same."""
-        return stored.to(value)
-
-    def encode(self, value: Tensor, stored: Tensor, rest: State) -> None:
-        """Write ``value`` to ``stored`` and to ``rest``."""
-        stored.copy_(value)
-
-
-@dataclass(frozen=True)
-class Split(Codec):
-    """A float32 in two halves: bfloat16, rounded to nearest, and what the rounding took.
-
-    Ties are rounded away from zero, not to even: only then does every rest fit a signed 16-bit
-    integer. A parameter that others write to between steps (weights loaded late, a mask, a clamp)
-    counts as it is then; what was kept of its old value at most moves it within its own rounding.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    rest: tuple[Part, ...] = (Part("residual", torch.int16, is_bits=True),)
-
-    @override
-    def decode(self, stored: Tensor, rest: State, value: torch.dtype) -> Tensor:
-        high, residual = stored.float(), rest["residual"]
-        # Nothing is nearer to 0 than 0, or beyond infinity: such a residual is of a value gone.
-        residual = torch.where(high == 0.0, residual.clamp(min=0), residual)
-        residual = torch.where(high.isinf(), residual.clamp(max=0), residual)
-        return (high.view(torch.int32) + residual).view(torch.float32)
-
-    @override
-    def encode(self, value: Tensor, stored: Tensor, rest: State) -> None:
-        bits = value.view(torch.int32)
-        high = (bits + 0x8000) & ~0xFFFF
-        nan = value.isnan()
-        stored.copy_(torch.where(nan, value, high.view(torch.float32)))
-        rest["residual"].copy_(torch.where(nan, 0, bits - high))
-
-
-@dataclass(frozen=True)
-class Beside(Codec):
-    """A float16 and, beside it, the float32 that it is a rounding of.
-
-    Where others have written to it since, it counts as it is.
-    """
-
-    dtype: torch.dtype = torch.float16
-    rest: tuple[Part, ...] = (Part("master", torch.float32, starts_as_param=True, is_bits=True),)
-
-    @override
-    def decode(self, stored: Tensor, rest: State, value: torch.dtype) -> Tensor:
-        master = rest["master"]
-        return torch.where(master.to(stored.dtype) == stored, master, stored.to(value))
-
-    @override
-    def encode(self, value: Tensor, stored: Tensor, rest: State) -> None:
-        rest["master"].copy_(value)
-        stored.copy_(value)
-
+from .codecs import (
+    Codec,
+    GroupedRoot,
+    GroupedSigned,
+    Master,
+    Part,
+    Split,
+    Split24,
+    StochasticBFloat16,
+    StochasticFloat16,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STREAMS = (*MOMENTS, "slow_param")
+
+StateDType = torch.dtype | Literal["8bit"]
+# Parameters of fewer elements keep float32 moments: there is nothing to save.
+LEAST_FOR_8_BIT = 4096
 
 
 class Format(NamedTuple):
@@ -128,7 +42,6 @@ class Format(NamedTuple):
         value: the dtype of the arithmetic.
         param, exp_avg, exp_avg_sq, slow_param: the codec of each stream.
         weight_rounding, state_dtype: what has to be asked for; None: anything.
-        native: whether there are kernels for it.
     """
 
     name: str
@@ -138,35 +51,73 @@ class Format(NamedTuple):
     exp_avg_sq: Codec
     slow_param: Codec
     weight_rounding: str | None = None
-    state_dtype: torch.dtype | None = None
-    native: bool = False
+    state_dtype: StateDType | None = None
+
+    def codecs(self) -> tuple[Codec, ...]:
+        """Of all streams."""
+        return self.param, self.exp_avg, self.exp_avg_sq, self.slow_param
 
     def parts(self, streams: Iterable[str | None] = STREAMS) -> list[Part]:
         """The state of a parameter: beside it, and of these streams."""
-        found = list(self.param.rest)
-        for stream in filter(None, streams):
-            codec: Codec = getattr(self, stream)
-            found.append(Part(stream, codec.dtype, starts_as_param=stream == "slow_param"))
-            found += codec.rest
-        return found
+        return [*self.param.rest, *(part for s in filter(None, streams) for part in self.of(s))]
+
+    def of(self, stream: str) -> list[Part]:
+        """The state of a stream."""
+        codec: Codec = getattr(self, stream)
+        is_slow = stream == "slow_param"
+        main = Part(stream, codec.dtype, starts_as_param=is_slow, is_bits=codec.is_grouped)
+        return [main, *codec.rest]
+
+    @property
+    def counts_elements(self) -> bool:
+        """Whether it matters where in its parameter an element is."""
+        return any(codec.counts_elements for codec in self.codecs())
 
 
-def _format(
-    name: str, param: Codec, value: torch.dtype, weight_rounding: str | None, native: bool
-) -> Format:
-    plain = Codec(value)
-    state_dtype = None if value == torch.float64 else value
-    return Format(name, value, param, plain, plain, plain, weight_rounding, state_dtype, native)
+def _part(name: str, dtype: torch.dtype, is_grouped: bool = False) -> tuple[Part]:
+    return (Part(name, dtype, is_bits=True, is_grouped=is_grouped),)
 
 
-_F32 = torch.float32
+_F32, _F64, _BF16, _F16 = (
+    Codec(name, dtype)
+    for name, dtype in (
+        ("Float32", torch.float32),
+        ("Float64", torch.float64),
+        ("BFloat16", torch.bfloat16),
+        ("Float16", torch.float16),
+    )
+)
+_RANDOM_BF16, _RANDOM_F16 = StochasticBFloat16(), StochasticFloat16()
+_SLOW24 = replace(Split24(), rest=_part("slow_residual", torch.int8))
+# Parameters, and how they are rounded: the codecs of the parameter and of its slow weight, which is
+# a snapshot of it.
+_PARAMETERS: tuple[tuple[str, Codec, Codec, str | None], ...] = (
+    ("float32", _F32, _F32, None),
+    ("bfloat16_exact", Split(), _F32, "exact"),
+    ("bfloat16_stochastic24", Split24(), _SLOW24, "stochastic24"),
+    ("bfloat16_stochastic", _RANDOM_BF16, _RANDOM_BF16, "stochastic"),
+    ("bfloat16_nearest", _BF16, _F32, "nearest"),
+    ("float16_exact", Master(), _F32, "exact"),
+    ("float16_stochastic", _RANDOM_F16, _RANDOM_F16, "stochastic"),
+    ("float16_nearest", _F16, _F32, "nearest"),
+)
+_STATES: tuple[tuple[str, Codec, Codec, StateDType], ...] = (
+    ("", _F32, _F32, torch.float32),
+    ("_bfloat16", _RANDOM_BF16, _RANDOM_BF16, torch.bfloat16),
+    (
+        "_8bit",
+        GroupedSigned(rest=_part("exp_avg_scale", torch.uint8, is_grouped=True)),
+        GroupedRoot(rest=_part("exp_avg_sq_scale", torch.uint8, is_grouped=True)),
+        "8bit",
+    ),
+)
 FORMATS = (
-    _format("float32", Codec(_F32), _F32, None, native=True),
-    _format("float64", Codec(torch.float64), torch.float64, None, native=True),
-    _format("bfloat16_exact", Split(), _F32, "exact", native=False),
-    _format("bfloat16_nearest", Codec(torch.bfloat16), _F32, "nearest", native=False),
-    _format("float16_exact", Beside(), _F32, "exact", native=False),
-    _format("float16_nearest", Codec(torch.float16), _F32, "nearest", native=False),
+    *(
+        Format(name + suffix, torch.float32, param, m, v, slow, rounding, state_dtype)
+        for suffix, m, v, state_dtype in _STATES
+        for name, param, slow, rounding in _PARAMETERS
+    ),
+    Format("float64", torch.float64, _F64, _F64, _F64, _F64),
 )
 
 # What may be asked for, the default first.
@@ -174,8 +125,8 @@ WEIGHT_ROUNDINGS = tuple(dict.fromkeys(f.weight_rounding for f in FORMATS if f.w
 STATE_DTYPES = tuple(dict.fromkeys(f.state_dtype for f in FORMATS if f.state_dtype))
 # Of gradients that kernels read as they are.
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Every state of a tensor's shape that any format has.
-PARTS = {part.name: part for format in FORMATS for part in format.parts()}
+# Every state that any format has, by name: one of each, where formats differ in its dtype.
+PARTS = {part.name: part for format in reversed(FORMATS) for part in format.parts()}
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
@@ -193,23 +144,25 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if real(dtype) == torch.float64 else torch.float32
 
 
-def dtypes(native: bool = False) -> tuple[torch.dtype, ...]:
-    """The dtypes of parameters that there are formats for, with kernels if ``native``."""
-    found = dict.fromkeys(f.param.dtype for f in FORMATS if f.native or not native)
-    parts = [d.to_complex() for d in found if d in (torch.float32, torch.float64)]
-    return (*(d for d in found if not is_low(d)), *parts, *(d for d in found if is_low(d)))
+def dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of parameters that there are formats for."""
+    found = dict.fromkeys(f.param.dtype for f in FORMATS)
+    wide = [d for d in found if not is_low(d)]
+    return (*wide, *(d.to_complex() for d in wide), *(d for d in found if is_low(d)))
 
 
 def of(
     dtype: torch.dtype,
     weight_rounding: str = WEIGHT_ROUNDINGS[0],
-    state_dtype: torch.dtype = STATE_DTYPES[0],
+    state_dtype: StateDType = STATE_DTYPES[0],
 ) -> Format:
     """The format of parameters of ``dtype`` that fits what was asked for.
 
     Raises:
         ValueError: there is none.
     """
+    if dtype.is_complex:
+        state_dtype = STATE_DTYPES[0]
     for format in FORMATS:
         if (
             format.param.dtype == real(dtype)
@@ -219,25 +172,44 @@ def of(
             return format
     raise ValueError(
         f"there is no format for parameters of {dtype} with weight_rounding={weight_rounding!r} "
-        f"and state_dtype={state_dtype}; this version has parameters of "
+        f"and state_dtype={state_dtype!r}; this version has parameters of "
         + ", ".join(str(known).removeprefix("torch.") for known in dtypes())
+        + " ('stochastic24' is for bfloat16)"
     )
 
 
-def slow_part(dtype: torch.dtype) -> Part:
-    """What a slow weight is beside parameters of ``dtype``."""
-    return Part("slow_param", value_dtype(dtype), starts_as_param=True)
+def of_param(param: Tensor, weight_rounding: str, state_dtype: StateDType) -> Format:
+    """The format of ``param``: of all of it, where it is sharded.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if state_dtype == "8bit" and param.numel() < LEAST_FOR_8_BIT:
+        state_dtype = torch.float32
+    return of(param.dtype, weight_rounding, state_dtype)
 
 
-def known_parts(
-    dtype: torch.dtype,
-    streams: Sequence[str | None],
-    state_dtype: torch.dtype = STATE_DTYPES[0],
-) -> dict[str, Part]:
-    """Every state that any format of such parameters has, however they are rounded."""
+def known_parts(dtype: torch.dtype, streams: Sequence[str | None]) -> set[str]:
+    """Every state that any format of such parameters has, by name."""
     return {
-        part.name: part
+        part.name
         for format in FORMATS
-        if format.param.dtype == real(dtype) and format.state_dtype in (None, state_dtype)
+        if format.param.dtype == real(dtype)
         for part in format.parts(streams)
     }
+
+
+def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that a state has in checkpoints: those of formats, and of earlier versions."""
+    found = [part.dtype for f in FORMATS for part in f.parts() if part.name == name]
+    return (*dict.fromkeys(found), *((torch.int16,) if name == "residual" else ()))
+
+
+def codec_of(stream: str, state: Mapping[str, Any]) -> Codec | None:
+    """How a stream lies in a state that has it; None: as numbers."""
+    for format in FORMATS:
+        codec: Codec = getattr(format, stream)
+        parts = format.of(stream)
+        if codec.rest and all(p.name in state and state[p.name].dtype == p.dtype for p in parts):
+            return codec
+    return None

@@ -33,9 +33,10 @@ class Hyperparameters(NamedTuple):
     max_grad_norm: float  # infinity: no clipping
     decoupled_weight_decay: bool
     maximize: bool
+    seed: int = 0  # of 64 bits, signed
 
 
-_PACKED = struct.Struct("=7dqd2q")
+_PACKED = struct.Struct("=7dqd3q")
 
 
 def packed(groups: Iterable[Hyperparameters]) -> bytes:
@@ -69,6 +70,7 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
+        operator.index(group["seed"]),
     )
 
 
@@ -151,6 +153,8 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
             "where the rectification term becomes real (the paper's value; torch uses 5)"
         )
     check_choice("weight_rounding", group["weight_rounding"], formats.WEIGHT_ROUNDINGS)
+    if not -(2**63) <= hyper.seed < 2**63:
+        raise ValueError(f"Invalid seed value: {hyper.seed}; it must fit a signed 64-bit integer")
     return hyper
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import formats
-from .formats import Part
+from .codecs import Part
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 else:  # a torch built without it has none of these to tell apart
 
     class FSDPModule:  # type: ignore[no-redef]
@@ -50,6 +51,23 @@ def local(tensor: Tensor) -> Tensor:
         shard = tensor.to_local()
     # A shard that is still being communicated is a wrapper around the tensor to wait for.
     return shard.wait() if hasattr(shard, "wait") else shard
+
+
+def first_of(param: Tensor) -> int:
+    """Where in the whole parameter this rank's elements begin, counted in row-major order.
+
+    0 where they do not lie side by side there: a DTensor sharded along another dimension than its
+    first.
+    """
+    if not isinstance(param, DTensor):
+        return 0
+    shards = [p for p in param.placements if isinstance(p, Shard) and p.dim % param.dim()]
+    if shards or not param.dim():
+        return 0
+    _, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    return offset[0] * param.shape[1:].numel()
 
 
 def is_fsdp1_s(param: Tensor) -> bool:
@@ -203,7 +221,7 @@ def check_state(param: Tensor, state: dict[str, Any], parts: Iterable[Part], nam
         value = local(state[key])
         check_allocated(value, f"state {key!r} of {name}")
         found = (value.dtype, value.device, tuple(value.shape))
-        wanted = (part.dtype_for(target), target.device, tuple(target.shape))
+        wanted = (part.dtype_for(target), target.device, part.shape_for(target.shape))
         if found != wanted:
             raise RuntimeError(
                 f"state {key!r} of {name} is {found[0]} on {found[1]} of shape {found[2]}, but the "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..backends import reference
@@ -48,15 +47,27 @@ class Algorithm(NamedTuple):
     step_name: str  # the state that counts steps
     streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
-    state_dtype: torch.dtype = formats.STATE_DTYPES[0]  # of the moments
+    state_dtype: formats.StateDType = formats.STATE_DTYPES[0]  # of the moments
 
-    def format_of(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Format:
-        """How ``param`` and its state are stored."""
-        if self.step_name == "step":
-            return formats.of(param.dtype, group["weight_rounding"], self.state_dtype)
-        exact = formats.of(param.dtype)  # where the inner optimizer keeps the rest of parameters
-        kept = all(part.name in state for part in exact.param.rest)
-        return exact if kept else formats.of(param.dtype, "nearest")
+    def format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
+        """How ``param`` and its state are stored.
+
+        A group of another package's optimizer rounds to nearest.
+
+        Raises:
+            ValueError: that cannot be, with the group's ``weight_rounding``.
+        """
+        weight_rounding = group.get("weight_rounding", "nearest")
+        return formats.of_param(param, weight_rounding, self.state_dtype)
+
+    def format_for(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> Format:
+        """The same, as far as ``state`` goes: before an inner optimizer's first step there is
+        nothing beside a parameter."""
+        format = self.format_of(param, group)
+        if self is LOOKAHEAD and any(part.name not in state for part in format.param.rest):
+            bare = "stochastic" if format.slow_param.is_random else "nearest"
+            return formats.of(param.dtype, bare)
+        return format
 
 
 RADAM = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)

@@ -20,15 +20,16 @@ from ..backends.reference import Row
 from ..backends.scaling import NO_SCALING, Scaling
 from ..backends.schedule import grad_scale
 from ..state.hyperparameters import Hyperparameters
+from ..state.new_state import take_snapshot
 from ..state.tensors import (
     check_allocated,
     check_param,
     check_state,
+    first_of,
     is_capturing,
     is_count,
     local,
     on_accelerator,
-    plain,
     plain_grad,
 )
 from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
@@ -91,8 +92,9 @@ class _Step:
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
-            known.pop("slow_param", None)
-        format = self.algorithm.format_of(
+            for part in ("slow_param", "slow_residual"):
+                known.pop(part, None)
+        format = self.algorithm.format_for(
             param, self.param_groups[group], self.state.get(param, {})
         )
         for key in (self.algorithm.step_name, *(part.name for part in format.param.rest)):
@@ -123,8 +125,9 @@ class _Step:
         if self.moved is None and position not in self.gradients:
             self.gradients[position] = plain_grad(param, name)
         state = self.state[param]
-        format = self.algorithm.format_of(param, self.param_groups[group], state)
-        return Row(param, self.gradients.get(position), state, group, format)
+        format = self.algorithm.format_for(param, self.param_groups[group], state)
+        grad = self.gradients.get(position)
+        return Row(param, grad, state, group, format, position, first_of(param))
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""
@@ -148,8 +151,8 @@ def check_no_capture() -> None:
     if is_capturing():
         raise RuntimeError(
             "this step cannot be captured in a CUDA graph: some parameters are moved from the host "
-            "(by the CPU's kernels or the reference backend, as low-precision ones and those that "
-            "share memory are), which a replay would not do"
+            "(by the CPU's kernels or the reference backend, as those that share memory are), "
+            "which a replay would not do"
         )
 
 
@@ -208,7 +211,6 @@ class Dispatcher:
             algorithm.name,
             algorithm.streams,
             algorithm.step_name,
-            algorithm.state_dtype,
             self._backend,
             self._captured,
             self._tried,
@@ -284,7 +286,7 @@ class Dispatcher:
             found = list(members(param_groups))
             for position, _ in rest:
                 check_param(found[position].param, found[position].name)
-            if self._serve([found[position] for position, _ in rest]):
+            if self._serve(step, [found[position] for position, _ in rest]):
                 rest = self._find(step)
             for position, shares in rest:
                 step.check(position, found[position], self._backend, new_state)
@@ -306,11 +308,21 @@ class Dispatcher:
             rest = (dict.fromkeys(step.to_make_anew(), False) | dict(rest)).items()
         return sorted(rest)
 
-    def _serve(self, found: list[Member]) -> bool:
+    def _serve(self, step: _Step, found: list[Member]) -> bool:
         """Make sure that there are launchers for these; whether there are new ones."""
         if self._native is None:
             return False
-        return sum(self._native.serve(param, name) for param, _, name in found) > 0
+        new = False
+        for param, group, name in found:
+            support.choose(self._backend, local(param), name)  # or there is no format either
+            options = step.param_groups[group]
+            # The first that fits counts: with what lies beside the parameter, if that is there.
+            whole = self._algorithm.format_of(param, options)
+            present = self._algorithm.format_for(param, options, step.state.get(param, {}))
+            for format in (whole, present):
+                rounding = format.weight_rounding and options.get("weight_rounding")
+                new = self._native.serve(param, name, format, rounding or "") or new
+        return new
 
     def _get_ready(self, step: _Step, rest: list[tuple[int, bool]]) -> None:
         """What the roster leaves, with all its state, is the reference's."""
@@ -380,26 +392,19 @@ class Dispatcher:
         """
         if only_unmoved and not self.unmoved:
             return
-        pairs = pairs_of(param_groups, state)
+        pairs = pairs_of(self._algorithm, param_groups, state)
         for param, group, _ in members(param_groups):
             if param not in pairs or (only_unmoved and param not in self.unmoved):
                 continue
-            p, slow = pairs[param]
-            its = state[param]
-            format = self._algorithm.format_of(param, param_groups[group], its)
-            rest = {
-                part.name: plain(its[part.name]) for part in format.param.rest if part.name in its
-            }
-            whole = len(rest) == len(format.param.rest)
-            value = format.param.decode(p, rest, format.value) if whole else p.to(format.value)
-            format.slow_param.encode(value, slow, {})
+            format = self._algorithm.format_of(param, param_groups[group])
+            take_snapshot(format, param, state[param])
 
     def swapped(self, param_groups: Groups, state: State) -> AbstractContextManager[None]:
         """Within the context parameters and slow weights, where there are any, change places.
 
         Interrupts are the caller's to defer.
         """
-        pairs = pairs_of(param_groups, state)
+        pairs = pairs_of(self._algorithm, param_groups, state)
         for param in self.unmoved & pairs.keys():  # which are their slow weights
             del pairs[param]
         return swapped(self._new_native(), pairs)

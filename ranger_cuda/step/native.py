@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..backends import support
 from ..backends.scaling import Scaling, Signals
 from ..backends.triton_launcher import TritonLauncher
-from ..state import formats
+from ..state.formats import Format
 from ..state.hyperparameters import Hyperparameters, packed
-from ..state.tensors import DTensor, is_capturing, local, plain, plain_grad
+from ..state.tensors import DTensor, first_of, is_capturing, local, plain, plain_grad
 
 Groups = Sequence[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
@@ -69,7 +69,6 @@ class Native:
         streams: the names of the state tensors exp_avg, exp_avg_sq and slow_param; None where the
             rule has none.
         step_name: the name of the state that counts steps.
-        state_dtype: of the moments.
         backend: what the user asked for, or None.
         captured, tried: what Triton's launchers leave to those that come after them: tables that a
             captured graph reads, and the kernels that are compiled and loaded.
@@ -80,7 +79,6 @@ class Native:
         rule: str,
         streams: Sequence[str | None],
         step_name: str,
-        state_dtype: torch.dtype,
         backend: str | None,
         captured: list[Any],
         tried: set[Any],
@@ -88,12 +86,11 @@ class Native:
         extension: Any = support.extension()
         self._extension = extension
         self._rule = getattr(extension.Rule, rule)
-        self._state_dtype = state_dtype
         self._backend = backend
         self._captured = captured
         self._tried = tried
         self.launchers: list[Launcher] = []
-        self._kinds: set[tuple[torch.device, torch.dtype]] = set()
+        self._kinds: set[tuple[torch.device, str, str]] = set()
         self.roster = extension.Roster(
             Tensor.__dlpack_c_exchange_api__,
             streams,
@@ -101,24 +98,29 @@ class Native:
             DTensor,
             plain,
             plain_grad,
+            first_of,
         )
 
-    def serve(self, param: Tensor, name: str) -> bool:
-        """Find a launcher for parameters like this one; whether they had none before.
+    def serve(self, param: Tensor, name: str, format: Format, weight_rounding: str = "") -> bool:
+        """Find a launcher for parameters like this one that are stored as ``format`` says; whether
+        they had none before.
+
+        Args:
+            weight_rounding: that of their group; empty: whatever it is.
 
         Raises:
             ValueError: no backend serves it.
         """
         where = local(param)
         backend = support.choose(self._backend, where, name)
-        kind = (where.device, where.dtype)
+        kind = (where.device, format.name, weight_rounding)
         if backend == "reference" or kind in self._kinds:
             return False
         its = plain(where)
         if is_traceable_wrapper_subclass(its):
             return False  # its memory is other tensors', which torch knows
-        format = formats.of(where.dtype, state_dtype=self._state_dtype)
-        self.roster.serve(its, self._launcher(backend, where.device), format.name)
+        launcher = self._launcher(backend, where.device)
+        self.roster.serve(its, weight_rounding, launcher, format.name)
         self._kinds.add(kind)
         return True
 

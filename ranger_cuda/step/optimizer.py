@@ -23,8 +23,9 @@ from ..state.checkpoint import (
     step_tensor,
 )
 from ..state.hyperparameters import Hyperparameters
-from ..state.tensors import on_accelerator
-from .algorithms import Algorithm
+from ..state.new_state import decoded, new_state
+from ..state.tensors import check_state, on_accelerator
+from .algorithms import Algorithm, members
 from .clipping import total_norm
 from .dispatch import Dispatcher
 from .interrupts import Deferred
@@ -57,7 +58,7 @@ class FusedOptimizer(Optimizer):
         defaults: dict[str, Any],
         *,
         backend: support.BackendName | None,
-        state_dtype: torch.dtype,
+        state_dtype: formats.StateDType,
         amp_scaling: bool,
         differentiable: bool,
     ) -> None:
@@ -169,10 +170,36 @@ class FusedOptimizer(Optimizer):
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
-        for part in self._algorithm.format_of(param, group, state).parts(self._algorithm.streams):
-            if part.name not in state:
-                new[part.name] = part.new(param)
-        return new
+        format = self._algorithm.format_of(param, group)
+        return new | new_state(format, param, state, self._algorithm.streams)
+
+    def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The numbers behind what is stored of a parameter, whatever the formats.
+
+        Args:
+            param: one of the optimizer's, which has been stepped.
+
+        Returns:
+            Copies of ``param`` (of its float32 master, where there is one), ``exp_avg``,
+            ``exp_avg_sq`` and, if there is one, ``slow_param``: float32 (float64 of a float64
+            parameter), of the parameter's shape, for a DTensor of this rank's shard; a complex
+            parameter's as pairs.
+
+        Raises:
+            ValueError: it is no parameter of this optimizer, or has no state yet.
+            RuntimeError: its state does not fit it.
+        """
+        for member, group, name in members(self.param_groups):
+            if member is not param:
+                continue
+            state = self.state.get(param, {})
+            if "step" not in state:
+                raise ValueError(f"{name} has no state yet: take a step")
+            format = self._algorithm.format_of(param, self.param_groups[group])
+            parts = format.parts(self._algorithm.streams)
+            check_state(param, state, [part for part in parts if part.name in state], name)
+            return decoded(format, param, state)
+        raise ValueError("decoded_state() is of a parameter of this optimizer")
 
     # --- groups, checkpoints, copies ----------------------------------------------------------
 
@@ -238,11 +265,12 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called to unpickle and copy, and by load_state_dict with new groups and states.
         before = self.__dict__.get("param_groups", [])
-        for param, saved in state.get("state", {}).items():
-            if isinstance(saved, Shielded):
-                state["state"][param] = restore_state(
-                    param, saved.state, self._options["state_dtype"]
-                )
+        for group in state.get("param_groups", ()):
+            for param in group["params"]:
+                saved = state["state"].get(param)
+                if isinstance(saved, Shielded):
+                    format = self._algorithm.format_of(param, {**self.defaults, **group})
+                    state["state"][param] = restore_state(param, saved.state, format)
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()

@@ -12,24 +12,26 @@ from torch import Tensor
 from ..backends import reference
 from ..state import formats
 from ..state.tensors import check_param, check_state, plain
-from .algorithms import members
+from .algorithms import Algorithm, members
 from .native import Groups, Native, State
 
+ALIKE = "stochastic"  # formats whose slow weights are stored as their parameters are
 Pairs = dict[Tensor, tuple[Tensor, Tensor]]  # by parameter: its memory, and its slow weight's
 
 
-def pairs_of(param_groups: Groups, state: State) -> Pairs:
+def pairs_of(algorithm: Algorithm, param_groups: Groups, state: State) -> Pairs:
     """Of all parameters that have a slow weight.
 
     Raises:
         RuntimeError, ValueError: one of them cannot be used.
     """
     pairs = {}
-    for param, _, name in members(param_groups):
+    for param, group, name in members(param_groups):
         its = state.get(param, {})
         if "slow_param" in its:
             check_param(param, name)
-            check_state(param, its, [formats.slow_part(param.dtype)], name)
+            format = algorithm.format_of(param, param_groups[group])
+            check_state(param, its, format.of("slow_param"), name)
             pairs[param] = plain(param), plain(its["slow_param"])
     return pairs
 
@@ -43,7 +45,7 @@ def swapped(native: Native | None, pairs: Pairs) -> Iterator[None]:
     if native is not None:
         for param, (p, slow) in pairs.items():
             if p.dtype == slow.dtype:
-                native.serve(param, "a parameter with slow weights")
+                native.serve(param, "a parameter with slow weights", formats.of(p.dtype, ALIKE))
     with ExitStack() as undo:  # all of it is undone, whatever fails on the way
         undo.callback(_copy_back, pairs)
         with ExitStack() as done:

@@ -209,7 +209,7 @@ class Check {
         case_.mixed && random_.one_in(4) ? static_cast<int32_t>(random_.below(3)) - 1 : 0;
     row.group = static_cast<int32_t>(random_.below(case_.groups));
     row.format = case_.mixed && random_.one_in(3) ? FormatId::kFloat64 : FormatId::kFloat32;
-    row.grad_dtype = case_.mixed && random_.one_in(2) ? static_cast<DType>(random_.below(kDTypes))
+    row.grad_dtype = case_.mixed && random_.one_in(2) ? static_cast<DType>(random_.below(kGradDTypes))
                                                       : info_of(row.format).value;
     const bool strided = random_.below(3) < case_.strided;
     Layout layout;
@@ -280,7 +280,7 @@ class Check {
     const std::vector<int64_t> offsets = element_offsets(row, stream);
     int64_t extent = 0;
     for (int64_t offset : offsets) extent = std::max(extent, offset + 1);
-    const DType dtype = stored(row, static_cast<Stream>(stream));
+    const DType dtype = stored(row, stream);
     const int64_t item = info_of(dtype).item_size;
     const int64_t beside = parameter.misalignment[stream] * item;
     Buffer buffer(beside % 16, extent * item);
@@ -387,7 +387,7 @@ class Check {
       return reinterpret_cast<T*>(parameters_[i].streams[stream].expected())[at[stream][index]];
     };
     const auto gradient = [&](int64_t index) {
-      return by_dtype(rows_[i].grad_dtype, [&](auto zero) {
+      return by_grad_dtype(rows_[i].grad_dtype, [&](auto zero) {
         using Stored = decltype(zero);
         const char* const bytes = parameters_[i].streams[kGrad].expected();
         Stored value;

@@ -3,6 +3,7 @@
 // see what the kernels do: an index too far (address, undefined), a missing barrier (thread).
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -100,16 +101,26 @@ class Barrier {
 
 class EmulatedThread {
  public:
-  EmulatedThread(int index, int64_t block, Barrier& barrier)
-      : index_(index), block_(block), barrier_(barrier) {}
+  EmulatedThread(int index, int64_t block, Barrier& barrier, uint32_t* told)
+      : index_(index), block_(block), barrier_(barrier), told_(told) {}
   int index() const { return index_; }
   int64_t block() const { return block_; }
   void barrier() const { barrier_.wait(); }
+  // Each block is one group's threads, which ask together.
+  uint32_t largest_of(uint32_t value) const {
+    static_assert(kThreads == 4);
+    told_[index_] = value;
+    barrier();
+    const uint32_t largest = *std::max_element(told_, told_ + kThreads);
+    barrier();
+    return largest;
+  }
 
  private:
   int index_;
   int64_t block_;
   Barrier& barrier_;
+  uint32_t* told_;  // of each thread
 };
 
 template <class Kernel>
@@ -122,6 +133,7 @@ void launch(int64_t blocks, void*, const typename Kernel::Args& args) {
   launched_on = Driver::need();
   if (blocks < 1 || blocks > INT32_MAX) throw Error("cudaLaunchKernel: invalid configuration");
   Barrier barrier(kThreads);
+  uint32_t told[kThreads];
   // Each block has shared memory of its own, with rubbish in it, as on a GPU.
   std::vector<typename Kernel::Shared> shared(blocks);
   std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(shared[0]));
@@ -129,7 +141,7 @@ void launch(int64_t blocks, void*, const typename Kernel::Args& args) {
   for (int index = 0; index < kThreads; ++index) {
     threads.emplace_back([&, index] {
       for (int64_t block = 0; block < blocks; ++block) {
-        Kernel::run(EmulatedThread(index, block, barrier), args, shared[block]);
+        Kernel::run(EmulatedThread(index, block, barrier, told), args, shared[block]);
       }
     });
   }

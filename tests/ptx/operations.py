@@ -39,6 +39,10 @@ def arithmetic() -> Iterator[tuple[str, Operation]]:
         yield f"sqrt.rn.{t}", Operation("std::sqrt({0})", (t,), t)
         yield f"rcp.rn.{t}", Operation("1 / {0}", (t,), t)
         yield f"neg.{t}", Operation("-{0}", (t,), t)
+        yield f"abs.{t}", Operation("std::abs({0})", (t,), t)
+    for name in ("add", "sub"):
+        code = f"from_half({{0}}) {signs[name]} {{1}}"
+        yield f"{name}.rn.f32.f16", Operation(code, ("b16", "f32"), "f32")
     for name in ("add", "sub", "mul"):
         code = f"pairwise({{0}}, {{1}}, [](f32 a, f32 b) {{{{ return a {signs[name]} b; }}}})"
         yield f"{name}.rn.f32x2", Operation(code, ("b64", "b64"), "b64")
@@ -51,9 +55,13 @@ def arithmetic() -> Iterator[tuple[str, Operation]]:
         yield f"rem.{t}", Operation("remainder({0}, {1})", (t, t), t)
         for name in ("min", "max"):
             yield f"{name}.{t}", Operation(f"std::{name}({{0}}, {{1}})", (t, t), t)
+    for name in ("min", "max"):
+        code = f"half_by_half({{0}}, {{1}}, [](s16 a, s16 b) {{{{ return std::{name}(a, b); }}}})"
+        yield f"{name}.s16x2", Operation(code, ("b32", "b32"), "b32")
     for t, w in WIDER.items():
         yield f"mul.wide.{t}", Operation(f"{w}({{0}}) * {w}({{1}})", (t, t), w)
         yield f"mad.wide.{t}", Operation(f"{w}({{0}}) * {w}({{1}}) + {{2}}", (t, t, w), w)
+    yield "mul.hi.u32", Operation("u64({0}) * u64({1}) >> 32", ("u32", "u32"), "u32")
     for t in SIGNED:
         yield f"neg.{t}", Operation("-{0}", (t,), t)
 
@@ -64,6 +72,9 @@ def bitwise() -> Iterator[tuple[str, Operation]]:
         yield f"shl.{t}", Operation("shift_left({0}, {1})", (t, "u32"), t)
     for t in (*INTEGERS, *UNTYPED):
         yield f"shr.{t}", Operation("shift_right({0}, {1})", (t, "u32"), t)
+    yield "bfe.u32", Operation("extract({0}, {1}, {2})", ("u32", "u32", "u32"), "u32")
+    yield "bfi.b64", Operation("insert({0}, {1}, {2}, {3})", ("b64", "b64", "u32", "u32"), "b64")
+    yield "prmt.b32", Operation("permute({0}, {1}, {2})", ("b32", "b32", "b32"), "b32")
     yield "not.pred", Operation("!{0}", ("pred",), "pred")
     for t in (*UNTYPED, "pred"):
         for name, sign in (("and", "&"), ("or", "|"), ("xor", "^")):
@@ -83,6 +94,9 @@ def comparisons() -> Iterator[tuple[str, Operation]]:
             yield f"setp.{name}u.{t}", Operation(code, (t, t), "pred")
         yield f"setp.nan.{t}", Operation("std::isunordered({0}, {1})", (t, t), "pred")
         yield f"setp.num.{t}", Operation("!std::isunordered({0}, {1})", (t, t), "pred")
+    for name, sign in (("eq", "=="), ("neu", "!=")):
+        code = f"from_half({{0}}) {sign} from_half({{1}})"
+        yield f"setp.{name}.f16", Operation(code, ("b16", "b16"), "pred")
 
 
 def moves() -> Iterator[tuple[str, Operation]]:
@@ -103,6 +117,9 @@ def conversions() -> Iterator[tuple[str, Operation]]:
         yield f"cvt.rn.{to}.{of}", Operation(f"static_cast<{to}>({{0}})", (of,), to)
     for to in FLOATS:
         yield f"cvt.{to}.f16", Operation("from_half({0})", ("b16",), to)
+    yield "cvt.rn.f16.f32", Operation("to_half({0})", ("f32",), "b16")
+    both = "b32(to_half({0})) << 16 | to_half({1})"
+    yield "cvt.rn.f16x2.f32", Operation(both, ("f32", "f32"), "b32")
     yield "cvt.f64.f32", Operation("static_cast<f64>({0})", ("f32",), "f64")
     yield "cvt.rzi.s64.f32", Operation("truncate({0})", ("f32",), "s64")
 

@@ -37,7 +37,7 @@ constexpr u64 kFirstPage = 4096;
 
 }  // namespace
 
-// The threads of a block; where they meet at barriers, each is a fiber.
+// The threads of a block; where they wait for each other, each is a fiber.
 class Block {
  public:
   Block(const Kernel& kernel, Arguments& arguments, Counter* counter, u32 block, u32 threads,
@@ -46,12 +46,12 @@ class Block {
         arguments_(arguments),
         counter_(counter),
         shared_(kernel.shared_size),
-        sites_(threads) {
+        waits_(threads) {
     for (u32 i = 0; i < threads; ++i) threads_.emplace_back(i, *this, block, threads, blocks);
   }
 
   void run() {
-    if (kernel_.has_barrier) {
+    if (kernel_.waits) {
       run_fibers();
     } else {
       for (u32 i = 0; i < threads_.size(); ++i) run_thread(this, i);
@@ -71,12 +71,26 @@ class Block {
   }
 
   void wait(u32 thread, int site) {
-    sites_[thread] = site;
+    waits_[thread] = {site, false, 0, 0};
     fibers()[thread].pause();
+  }
+
+  b32 shuffle(u32 thread, int site, b32 given, u32 lane) {
+    waits_[thread] = {site, true, given, lane};
+    fibers()[thread].pause();
+    return waits_[thread].given;
   }
 
  private:
   static constexpr int kDone = -1;
+
+  // Where a thread waits: for its block at a barrier, or for its warp, and for what of it.
+  struct Wait {
+    int site;
+    bool shuffles;
+    b32 given;
+    u32 lane;
+  };
 
   static std::array<Fiber, kMostThreads>& fibers() {
     static auto* const all = new std::array<Fiber, kMostThreads>;
@@ -91,7 +105,7 @@ class Block {
     } catch (const Fault& fault) {
       self->note(index, fault.what());
     }
-    self->sites_[index] = kDone;
+    self->waits_[index] = {kDone, false, 0, 0};
   }
 
   void note(u32 thread, const std::string& what) {
@@ -106,21 +120,49 @@ class Block {
       for (u32 i = threads_.size(); i-- > 0 && fault_.empty();) call(i, fibers()[i]);
     };
     each([&](u32 i, Fiber& fiber) { fiber.start(&run_thread, this, i); });
-    while (fault_.empty() && meet()) {
+    while (fault_.empty()) {
+      if (shuffle()) continue;
+      if (!fault_.empty() || !meet()) break;
       shared_.pass_barrier();
       each([](u32, Fiber& fiber) { fiber.resume(); });
     }
     for (u32 i = 0; i < threads_.size(); ++i) {
-      if (sites_[i] != kDone) fibers()[i].abandon();
+      if (waits_[i].site != kDone) fibers()[i].abandon();
     }
+  }
+
+  // Whether any warp waited for itself, which has gone on then.
+  bool shuffle() {
+    bool any = false;
+    for (u32 first = 0; first < threads_.size(); first += Thread::kWarp) {
+      const u32 end = std::min<u32>(first + Thread::kWarp, threads_.size());
+      const Wait wait = waits_[first];
+      const auto asks = [&](u32 i) { return waits_[i].shuffles; };
+      bool all = true, some = false;
+      for (u32 i = first; i < end; ++i) {
+        some = some || asks(i);
+        all = all && asks(i) && waits_[i].site == wait.site && first + waits_[i].lane < end;
+      }
+      if (!some) continue;
+      if (!all) {
+        note(first, "threads of a warp that shuffle elsewhere, or not");
+        return false;
+      }
+      std::vector<b32> got;
+      for (u32 i = first; i < end; ++i) got.push_back(waits_[first + waits_[i].lane].given);
+      for (u32 i = first; i < end; ++i) waits_[i].given = got[i - first];
+      for (u32 i = end; i-- > first && fault_.empty();) fibers()[i].resume();
+      any = true;
+    }
+    return any;
   }
 
   // Whether all are at one barrier; false at the end.
   bool meet() {
     for (u32 i = 0; i < threads_.size(); ++i) {
-      if (sites_[i] != sites_[0]) note(i, "threads at different barriers, or gone");
+      if (waits_[i].site != waits_[0].site) note(i, "threads at different barriers, or gone");
     }
-    return sites_[0] != kDone;
+    return waits_[0].site != kDone;
   }
 
   const Kernel& kernel_;
@@ -128,13 +170,18 @@ class Block {
   Counter* counter_;
   SharedMemory shared_;
   std::vector<Thread> threads_;
-  std::vector<int> sites_;  // of the barriers that threads wait at
+  std::vector<Wait> waits_;
   std::string fault_;
 };
 
 char* Thread::locate(const Access& access) { return its_.locate(access, index); }
 
 void Thread::barrier(int site) { its_.wait(index, site); }
+
+b32 Thread::shuffle(int site, b32 given, u32 lane, bool whole_warps) {
+  if (!whole_warps) throw Fault("a shuffle of a part of a warp");
+  return its_.shuffle(index, site, given, lane);
+}
 
 namespace {
 

@@ -72,6 +72,16 @@ inline f32 from_half(b16 bits) {
   return bits >> 15 ? -size : size;
 }
 
+// To nearest, ties to even: of the value in units of its last place.
+inline b16 to_half(f32 value) {
+  const b16 sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return 0x7fff;
+  const int exponent = std::isinf(value) ? 0 : std::max(std::ilogb(value), -14);
+  const f64 places = std::nearbyint(std::ldexp(std::abs(f64(value)), 10 - exponent));
+  const f64 bits = places + 1024 * (exponent + 14);  // a carry goes on into the exponent
+  return sign | b16(std::isinf(value) || bits > 0x7c00 ? 0x7c00 : bits);
+}
+
 // An operation on both floats of a register.
 template <class Operation>
 b64 pairwise(b64 a, b64 b, Operation apply) {
@@ -82,6 +92,15 @@ b64 pairwise(b64 a, b64 b, Operation apply) {
   return half(0) | half(32);
 }
 
+// An operation on both 16-bit halves.
+template <class Operation>
+b32 half_by_half(b32 a, b32 b, Operation apply) {
+  const auto half = [&](int shift) {
+    return b32(b16(apply(static_cast<s16>(a >> shift), static_cast<s16>(b >> shift)))) << shift;
+  };
+  return half(0) | half(16);
+}
+
 template <class T>
 T shift_left(T value, u32 by) {
   return by >= 8 * sizeof(T) ? T(0) : T(value << by);
@@ -90,6 +109,30 @@ T shift_left(T value, u32 by) {
 template <class T>
 T shift_right(T value, u32 by) {
   return T(value >> std::min<u32>(by, 8 * sizeof(T) - 1) >> (by >= 8 * sizeof(T)));
+}
+
+// `count` bits from bit `first` on.
+inline u32 extract(u32 value, u32 first, u32 count) {
+  return shift_right(value, first) & ~shift_left(~u32(0), count);
+}
+
+// The lowest `count` bits of `a` in place of as many of `b`, from bit `first` on.
+inline b64 insert(b64 a, b64 b, u32 first, u32 count) {
+  const b64 mask = shift_left(count < 64 ? (b64(1) << count) - 1 : ~b64(0), first);
+  return (shift_left(a, first) & mask) | (b & ~mask);
+}
+
+// Four bytes of two registers, the second's the upper ones; 8 in a digit of `which`: a byte of
+// that one's sign.
+inline b32 permute(b32 a, b32 b, b32 which) {
+  const b64 both = b64(b) << 32 | a;
+  b32 result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const b32 digit = which >> 4 * i & 15;
+    const b8 byte = static_cast<b8>(both >> 8 * (digit & 7));
+    result |= b32(digit & 8 ? (byte >> 7) * 0xff : byte) << 8 * i;
+  }
+  return result;
 }
 
 // By zero they are unspecified, and a kernel may compute what it does not use.
@@ -151,6 +194,18 @@ class Thread {
   }
 
   void barrier(int site);
+  // What the thread of its warp that `lane` says has given; all of the warp ask at once.
+  b32 shuffle(int site, b32 given, u32 lane, bool whole_warps);
+  // The largest that a thread of its warp has given.
+  u32 largest(int site, u32 given, bool whole_warps) {
+    for (u32 apart = kWarp / 2; apart > 0; apart /= 2) {
+      given = std::max(given, shuffle(site, given, lane() ^ apart, whole_warps));
+    }
+    return given;
+  }
+  u32 lane() const { return index % kWarp; }
+
+  static constexpr u32 kWarp = 32;
 
  private:
   char* locate(const Access& access);
@@ -168,7 +223,7 @@ struct Kernel {
   std::vector<Parameter> parameters;
   u32 shared_size;
   u32 most_threads;
-  bool has_barrier;
+  bool waits;  // for other threads, at a barrier or to shuffle
 };
 
 }  // namespace ptx

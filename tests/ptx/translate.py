@@ -117,7 +117,7 @@ class Kernel:
         self._places = {parameter.name: parameter.offset for parameter in self.parameters}
         self._shared_size = 0
         self._sites = 0  # of accesses and barriers
-        self._has_barrier = False
+        self._waits = False
         self._lines = [self._line(statement) for statement in statements(body)]
 
     def definition(self) -> str:
@@ -132,9 +132,9 @@ class Kernel:
         """What runtime.h's Kernel holds."""
         sizes = ", ".join(f"{{{p.offset}, {p.size}}}" for p in self.parameters)
         threads = self._threads[1] if self._threads else "1024"
-        barrier = str(self._has_barrier).lower()
+        waits = str(self._waits).lower()
         fields = f'"{self.name}", &ptx::{self.name}, {{{sizes}}}, {self._shared_size}, {threads}'
-        return f"{{{fields}, {barrier}}}"
+        return f"{{{fields}, {waits}}}"
 
     # --- statements ---
 
@@ -173,12 +173,21 @@ class Kernel:
         if opcode == "ret":
             return "return;"
         if opcode == "bar.sync" and operands == ["0"]:
-            self._has_barrier = True
+            self._waits = True
             return f"thread.barrier({self._site()});"
+        if opcode in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32"):
+            return self._shuffle(opcode, operands)
+        if opcode == "redux.sync.max.u32":
+            to, given, mask = operands[0], *(self._value(source, "u32") for source in operands[1:])
+            self._waits = True
+            call = f"thread.largest({self._site()}, {given}, ~{mask} == 0)"
+            return self._assign(to, "u32", call)
         if opcode.startswith(("ld.", "st.")):
             return self._access(opcode, operands)
         if opcode.startswith("mov.b") and "{" in rest:
             return self._move_pieces(opcode, operands)
+        if opcode in ("setp.eq.f16x2", "setp.neu.f16x2"):
+            return self._compare_halves(opcode, operands)
         operation = OPERATIONS.get(opcode)
         if operation is None or len(operands) != 1 + len(operation.operands):
             raise Untranslatable(statement)
@@ -211,6 +220,26 @@ class Kernel:
         return " ".join(
             ["{", read, *(self._assign(r, t, f"read[{i}]") for i, r in enumerate(registers)), "}"]
         )
+
+    def _shuffle(self, opcode: str, operands: list[str]) -> str:
+        """Of whole warps, all of which take part."""
+        to, *sources = operands
+        given, lane, clamp, mask = (self._value(source, "b32") for source in sources)
+        self._waits = True
+        if "bfly" in opcode:
+            lane = f"thread.lane() ^ {lane}"
+        call = f"thread.shuffle({self._site()}, {given}, {lane}, {clamp} == 31 && ~{mask} == 0)"
+        return self._assign(to.partition("|")[0], "b32", call)
+
+    def _compare_halves(self, opcode: str, operands: list[str]) -> str:
+        """``setp`` of the lower halves, and of the upper."""
+        to, *sources = operands
+        code = OPERATIONS[opcode.removesuffix("x2")].code
+        assigned = []
+        for name, shift in zip(to.split("|"), (0, 16), strict=True):
+            halves = (f"b16({self._value(source, 'b32')} >> {shift})" for source in sources)
+            assigned.append(self._assign(name, "pred", code.format(*halves)))
+        return " ".join(assigned)
 
     def _move_pieces(self, opcode: str, operands: list[str]) -> str:
         """``mov`` between a register and several that make it up, the lowest bits first."""
