@@ -42,7 +42,7 @@ def measured(tmp_path, *options, skip=PEERS):
 def test_one_entry_has_every_command(capsys):
     assert main([]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["step", "show", "sweep", "gpu"]
+    assert listed == ["step", "show", "memory", "sweep", "gpu"]
     assert main(["steps"]) == 2
     for name in listed:
         with pytest.raises(SystemExit, match=r"^0$"):
@@ -204,11 +204,13 @@ def test_a_later_turn_is_compared_with_what_is_measured_beside_it(monkeypatch, t
     for found in result["workloads"].values():
         rows = found["rows"]
         late = {"torch AdamW foreach", "torch RAdam foreach", "torch AdamW fused, pure bf16"}
-        assert {who for who, row in rows.items() if row["turn"] == 1 and "ms" in row} == late
+        no_time = race.NO_TIME  # on a busy machine
+        ran = {who for who, row in rows.items() if row.get("missing", no_time) == no_time}
+        assert {who for who in ran if rows[who]["turn"] == 1} == late
         assert found["again"]["1"].keys() == {"ranger", ADAMW}
         for row in [*rows.values(), *found["again"]["1"].values()]:
             if "missing" in row:
-                assert row["missing"] == "measured on cuda only"
+                assert row["missing"] in ("measured on cuda only", no_time)
             else:
                 wanted = {"ms", "host_ms", "ratio", "ratio_quartiles", "of_adamw"}
                 assert wanted <= row["fresh"].keys() <= row.keys()
