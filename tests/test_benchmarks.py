@@ -194,7 +194,7 @@ def test_on_a_gpu_what_matters_most_is_measured_on_all_workloads_first():
 def test_a_later_turn_is_compared_with_what_is_measured_beside_it(monkeypatch, tmp_path, capsys):
     names = ["1000 x 1", "1000 x 1024"]
     for name in names:
-        monkeypatch.setitem(workloads.WORKLOADS, name, [(2,)] * 3)
+        monkeypatch.setitem(workloads.WORKLOADS, name, [(64,)] * 3)  # some bfloat16 moves
     order = []
     measure = step.measure
     monkeypatch.setattr(step, "measure", lambda *a: (order.append((a[0], a[-1])), measure(*a)))
@@ -204,13 +204,11 @@ def test_a_later_turn_is_compared_with_what_is_measured_beside_it(monkeypatch, t
     for found in result["workloads"].values():
         rows = found["rows"]
         late = {"torch AdamW foreach", "torch RAdam foreach", "torch AdamW fused, pure bf16"}
-        no_time = race.NO_TIME  # on a busy machine
-        ran = {who for who, row in rows.items() if row.get("missing", no_time) == no_time}
-        assert {who for who in ran if rows[who]["turn"] == 1} == late
+        assert {who for who, row in rows.items() if row["turn"] == 1 and "ms" in row} == late
         assert found["again"]["1"].keys() == {"ranger", ADAMW}
         for row in [*rows.values(), *found["again"]["1"].values()]:
             if "missing" in row:
-                assert row["missing"] in ("measured on cuda only", no_time)
+                assert row["missing"] == "measured on cuda only"
             else:
                 wanted = {"ms", "host_ms", "ratio", "ratio_quartiles", "of_adamw"}
                 assert wanted <= row["fresh"].keys() <= row.keys()
