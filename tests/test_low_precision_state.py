@@ -204,3 +204,13 @@ def test_lookahead_around_an_optimizer_of_ours_is_ranger_in_exact_rounding():
                 value.view(-1).view(torch.uint8),
                 lookahead.state[b][name].view(-1).view(torch.uint8),
             ), name
+
+
+def test_state_that_is_none_of_ours_is_left_alone(monkeypatch):
+    """An inner optimizer may keep what has no elements side by side."""
+    monkeypatch.setattr(reference, "PIECE", 1024)
+    param = param_of(torch.float32)
+    optimizer = Lookahead(torch.optim.SGD([param], lr=0.1), k=1, backend="reference")
+    optimizer.state[param]["mask"] = torch.eye(3).to_sparse()
+    train(optimizer, [param], range(2))
+    assert torch.equal(optimizer.state[param]["mask"].to_dense(), torch.eye(3))

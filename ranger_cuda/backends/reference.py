@@ -50,13 +50,15 @@ class Row(NamedTuple):
 def pieces(row: Row) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
     """A parameter and all that belongs to it, piece by piece: where a piece begins, and its
     elements in row-major order, one-dimensional. They are written in place."""
-    streams = row.streams()
+    parts = row.format.parts()
+    names = {"param", "grad", *(part.name for part in parts)}
+    streams = {name: tensor for name, tensor in row.streams().items() if name in names}
     count = streams["param"].numel()
     if count <= PIECE and not row.format.counts_elements:
         yield 0, streams
         return
     flat = {name: tensor.reshape(-1) for name, tensor in streams.items()}
-    grouped = {part.name for part in row.format.parts() if part.is_grouped}
+    grouped = {part.name for part in parts if part.is_grouped}
     for begin in range(0, count, PIECE):
         end = min(begin + PIECE, count)
         yield (

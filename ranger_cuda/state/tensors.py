@@ -61,8 +61,12 @@ def first_of(param: Tensor) -> int:
     """
     if not isinstance(param, DTensor):
         return 0
-    shards = [p for p in param.placements if isinstance(p, Shard) and p.dim % param.dim()]
-    if shards or not param.dim():
+    along_rows = all(
+        placement.is_replicate()
+        or (isinstance(placement, Shard) and placement.dim % param.dim() == 0)
+        for placement in param.placements
+    )
+    if not along_rows or not param.dim():
         return 0
     _, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
