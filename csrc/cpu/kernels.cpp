@@ -12,9 +12,10 @@
 namespace ranger::cpu {
 namespace {
 
-// `kSync` as a template parameter leaves the loop without `slow` where there is none to read. What
-// else is the same for a whole chunk the compiler takes out of the loop, which then vectorises.
-template <typename T, bool kSync>
+// `kSync` as a template parameter leaves the loop without `slow` where there is none to read, and
+// `kRoot` has v's root in place of v, for codecs that store it. What else is the same for a whole
+// chunk the compiler takes out of the loop, which then vectorises.
+template <typename T, bool kSync, bool kRoot>
 void radam_loop(const RadamArgs<T>& args) {
   const Coefficients<T> c = args.c;
   const bool l2 = c.weight_decay != T(0), rectified = args.rectified;
@@ -28,13 +29,17 @@ void radam_loop(const RadamArgs<T>& args) {
     if (kSync) x.p = slow[i] = ranger::lookahead(x.p, slow[i], c.alpha);
     p[i] = x.p;
     m[i] = x.m;
-    v[i] = x.v;
+    v[i] = kRoot ? x.root : x.v;
   }
 }
 
 template <typename T>
 void radam_chunk(const RadamArgs<T>& args) {
-  args.sync ? radam_loop<T, true>(args) : radam_loop<T, false>(args);
+  if (args.root) {
+    args.sync ? radam_loop<T, true, true>(args) : radam_loop<T, false, true>(args);
+  } else {
+    args.sync ? radam_loop<T, true, false>(args) : radam_loop<T, false, false>(args);
+  }
 }
 
 template <typename T>
@@ -71,10 +76,11 @@ void decode(const Stored& from, T* __restrict__ values) {
   const auto* __restrict__ rest = static_cast<const Rest*>(from.rest);
   if constexpr (Codec::kIsGrouped) {
     for_each_group(from.count, [&](int64_t first, auto count) {
-      const uint8_t scale = rest[first / kGroup];
-      for (int i = 0; i < count; ++i) {
-        values[first + i] = Codec::template decode<T>(stored[first + i], scale);
-      }
+      by_scale(rest[first / kGroup], [&](const auto& times) {
+        for (int i = 0; i < count; ++i) {
+          values[first + i] = Codec::decode(uint32_t{stored[first + i]} << 24, times);
+        }
+      });
     });
   } else {
     for (int64_t i = 0; i < from.count; ++i) {
@@ -94,24 +100,25 @@ void encode(const T* values, const Stored& to, const uint32_t* words, int shift)
   for_each_group(to.count, [&](int64_t first, auto count) {
     Element stored[kGroup];
     Rest rest[kGroup];
-    uint32_t random[kGroup] = {};
-    for (int i = 0; Codec::kIsRandom && i < count; ++i) {
-      random[i] = words[first + i] >> shift & 0xffff;
-    }
+    const auto random = [&](int i) {
+      return Codec::kIsRandom ? Random16{words[first + i], shift} : Random16();
+    };
     if constexpr (Codec::kIsGrouped) {
-      float coded[kGroup];
       uint32_t largest = 0;
       for (int i = 0; i < count; ++i) {
-        coded[i] = Codec::coded(values[first + i]);
-        const uint32_t magnitude = bits_of(coded[i]) & kMagnitude;
+        const uint32_t magnitude = Codec::magnitude_of(values[first + i]);
         largest = magnitude > largest ? magnitude : largest;
       }
-      const uint8_t scale = Codec::scale_of(largest);
-      for (int i = 0; i < count; ++i) stored[i] = Codec::encode(coded[i], random[i], scale);
+      const uint8_t scale = scale_of(largest);
+      by_scale(scale, [&](const auto& times) {
+        for (int i = 0; i < count; ++i) {
+          stored[i] = Codec::encode(values[first + i], random(i), times) >> 24;
+        }
+      });
       static_cast<Rest*>(to.rest)[first / kGroup] = scale;
     } else {
       for (int i = 0; i < count; ++i) {
-        Codec::encode(values[first + i], random[i], stored[i], rest[i]);
+        Codec::encode(values[first + i], random(i), stored[i], rest[i]);
       }
       if constexpr (!std::is_same_v<Rest, NoRest>) {
         std::memcpy(static_cast<Rest*>(to.rest) + first, rest, count * sizeof(Rest));

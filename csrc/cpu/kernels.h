@@ -14,6 +14,7 @@ struct RadamArgs {
   const Coefficients<T>& c;
   bool rectified;
   bool sync;
+  bool root;  // v becomes its root
   int64_t count;
   T* p = nullptr;
   const T* g = nullptr;

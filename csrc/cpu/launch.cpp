@@ -184,9 +184,11 @@ template <typename T>
 void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
   const Values<T> p(row, chunk, kParam), g(row, chunk, kGrad);
   const Values<T> m(row, chunk, kExpAvg), v(row, chunk, kExpAvgSq);
-  RadamArgs<T> args{
-      of<T>(now), now.schedule.rectified, false, chunk.count, p.data(), g.data(), m.data(),
-      v.data()};
+  RadamArgs<T> args{of<T>(now),  now.schedule.rectified,
+                    false,       codec_of(row, kExpAvgSq).is_root,
+                    chunk.count, p.data(),
+                    g.data(),    m.data(),
+                    v.data()};
   const RandomKeys keys = random_keys(now.seed, row.place, now.step, false);
   RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {

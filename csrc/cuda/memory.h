@@ -22,7 +22,7 @@ struct Bits {
   static RANGER_HOST_DEVICE T decode(T stored) {
     return stored;
   }
-  static RANGER_HOST_DEVICE void encode(T value, uint32_t, T& stored, NoRest&) { stored = value; }
+  static RANGER_HOST_DEVICE void encode(T value, Random16, T& stored, NoRest&) { stored = value; }
 };
 
 // A stream's memory from some element on, and its values. On a 16-byte boundary `kWidth` neighbours
@@ -59,7 +59,7 @@ class Memory {
     Pack<Stored, kWidth> pack;
     NoRest none;
     RANGER_UNROLL()
-    for (int j = 0; j < kWidth; ++j) Codec::encode(values.values[j], 0, pack.values[j], none);
+    for (int j = 0; j < kWidth; ++j) Codec::encode(values.values[j], {}, pack.values[j], none);
     if (aligned_) {
       *reinterpret_cast<Pack<Stored, kWidth>*>(first_ + i) = pack;
       return;

@@ -2,6 +2,7 @@
 // moments. A thread has kPack neighbouring elements at a time, four threads a group.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -12,6 +13,36 @@ constexpr int kPack = 8;
 
 // --- elements as they lie ------------------------------------------------------------------------
 
+// kPack elements in words: compilers take bytes that are bytes apart one by one.
+template <typename T>
+struct alignas(sizeof(T) * kPack < 16 ? sizeof(T) * kPack : 16) Raw {
+  uint32_t words[sizeof(T) * kPack / 4] = {};
+  static constexpr int kInWord = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
+
+  RANGER_HOST_DEVICE T get(int j) const {
+    if constexpr (sizeof(T) < 4) {
+      using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+      return with_bits_of<T>(static_cast<Bits>(words[j / kInWord] >> shift_of(j)));
+    } else {
+      T value;
+      std::memcpy(&value, words + j * sizeof(T) / 4, sizeof(T));
+      return value;
+    }
+  }
+  // Once an element.
+  RANGER_HOST_DEVICE void put(int j, T value) {
+    if constexpr (sizeof(T) < 4) {
+      using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+      words[j / kInWord] |= static_cast<uint32_t>(with_bits_of<Bits>(value)) << shift_of(j);
+    } else {
+      std::memcpy(words + j * sizeof(T) / 4, &value, sizeof(T));
+    }
+  }
+
+ private:
+  static RANGER_HOST_DEVICE int shift_of(int j) { return j % kInWord * 8 * sizeof(T); }
+};
+
 // Of the kPack elements of a tensor from element `i` of a block on, `n` are loaded and stored, none
 // if it is not positive: side by side, or wherever the row's layout says.
 template <typename T>
@@ -21,26 +52,26 @@ class Consecutive {
       : first_(static_cast<T*>(const_cast<void*>(base)) + begin),
         aligned_(reinterpret_cast<uintptr_t>(first_) % 16 == 0) {}
 
-  RANGER_HOST_DEVICE Pack<T, kPack> load(int i, int n) const {
+  RANGER_HOST_DEVICE Raw<T> load(int i, int n) const {
     RANGER_ASSUME_GLOBAL(first_);
-    if (aligned_ && n >= kPack) return *reinterpret_cast<const Pack<T, kPack>*>(first_ + i);
-    Pack<T, kPack> pack = {};
+    if (aligned_ && n >= kPack) return *reinterpret_cast<const Raw<T>*>(first_ + i);
+    Raw<T> raw;
     RANGER_UNROLL()
     for (int j = 0; j < kPack; ++j) {
-      if (j < n) pack.values[j] = first_[i + j];
+      if (j < n) raw.put(j, first_[i + j]);
     }
-    return pack;
+    return raw;
   }
 
-  RANGER_HOST_DEVICE void store(int i, int n, const Pack<T, kPack>& pack) const {
+  RANGER_HOST_DEVICE void store(int i, int n, const Raw<T>& raw) const {
     RANGER_ASSUME_GLOBAL(first_);
     if (aligned_ && n >= kPack) {
-      *reinterpret_cast<Pack<T, kPack>*>(first_ + i) = pack;
+      *reinterpret_cast<Raw<T>*>(first_ + i) = raw;
       return;
     }
     RANGER_UNROLL()
     for (int j = 0; j < kPack; ++j) {
-      if (j < n) first_[i + j] = pack.values[j];
+      if (j < n) first_[i + j] = raw.get(j);
     }
   }
 
@@ -58,33 +89,39 @@ class Scattered {
         tensor_(tensor),
         begin_(begin) {}
 
-  RANGER_HOST_DEVICE Pack<T, kPack> load(int i, int n) const {
+  RANGER_HOST_DEVICE Raw<T> load(int i, int n) const {
     RANGER_ASSUME_GLOBAL(base_);
-    Pack<T, kPack> pack = {};
+    T values[kPack] = {};
     RANGER_UNROLL(1)
     for (int k = 0; k < kPack; ++k) {
       T next = {};
       if (k < n) next = base_[strided_offset(layout_, tensor_, begin_ + i + k)];
-      shift(pack);
-      pack.values[kPack - 1] = next;
+      shift(values);
+      values[kPack - 1] = next;
     }
-    return pack;
+    Raw<T> raw;
+    RANGER_UNROLL()
+    for (int j = 0; j < kPack; ++j) raw.put(j, values[j]);
+    return raw;
   }
 
-  RANGER_HOST_DEVICE void store(int i, int n, Pack<T, kPack> pack) const {
+  RANGER_HOST_DEVICE void store(int i, int n, const Raw<T>& raw) const {
     RANGER_ASSUME_GLOBAL(base_);
+    T values[kPack];
+    RANGER_UNROLL()
+    for (int j = 0; j < kPack; ++j) values[j] = raw.get(j);
     RANGER_UNROLL(1)
     for (int k = 0; k < kPack; ++k) {
-      if (k < n) base_[strided_offset(layout_, tensor_, begin_ + i + k)] = pack.values[0];
-      shift(pack);
+      if (k < n) base_[strided_offset(layout_, tensor_, begin_ + i + k)] = values[0];
+      shift(values);
     }
   }
 
  private:
   // A loop that is not unrolled cannot index registers.
-  static RANGER_HOST_DEVICE void shift(Pack<T, kPack>& pack) {
+  static RANGER_HOST_DEVICE void shift(T (&values)[kPack]) {
     RANGER_UNROLL()
-    for (int j = 0; j + 1 < kPack; ++j) pack.values[j] = pack.values[j + 1];
+    for (int j = 0; j + 1 < kPack; ++j) values[j] = values[j + 1];
   }
 
   T* base_;
@@ -106,68 +143,110 @@ struct Place {
   int i;          // of the thread's, from there on
   int n;          // how many of kPack there are, if any
 
-  RANGER_HOST_DEVICE uint32_t position() const {
-    return static_cast<uint32_t>(row.first + begin) + static_cast<uint32_t>(i);
-  }
+  RANGER_HOST_DEVICE unsigned group() const { return static_cast<unsigned>(i) / kGroup; }
 };
 
+// The random words of a thread's elements.
+struct Words {
+  uint32_t words[kPack];
+  int shift;
+
+  template <class Thread>
+  RANGER_HOST_DEVICE Words(const Place<Thread>& at, const RandomBits& bits) : shift(bits.shift) {
+    const uint32_t first = static_cast<uint32_t>(at.row.first + at.begin) + at.i;
+    RANGER_UNROLL()
+    for (int j = 0; j < kPack; ++j) words[j] = bits.word_of(first + j);
+  }
+  RANGER_HOST_DEVICE Random16 of(int j) const { return {words[j], shift}; }
+};
+
+// A thread's elements of a stream as they lie in memory.
+template <class Codec>
+struct Fetched {
+  Raw<typename Codec::Stored> stored;
+  Raw<typename Codec::Rest> rest;  // of a group: the scale, in the first
+};
+
+// What lies beside a stream; nothing, for some codecs.
 template <class Codec, template <typename> class Elements, class Thread>
-RANGER_HOST_DEVICE Values load(const Place<Thread>& at, int stream) {
-  using Stored = typename Codec::Stored;
+RANGER_HOST_DEVICE Raw<typename Codec::Rest> fetch_rest(const Place<Thread>& at, int stream) {
   using Rest = typename Codec::Rest;
   const void* const beside = at.row.data[kRestOf + stream];
-  const Elements<Stored> elements(at.row, at.row.data[stream], stream, at.begin);
-  const Pack<Stored, kPack> stored = elements.load(at.i, at.n);
-  Pack<Rest, kPack> rest = {};
+  Raw<Rest> rest;
   if constexpr (Codec::kIsGrouped) {
     const auto* const scales = static_cast<const Rest*>(beside) + at.begin / kGroup;
     RANGER_ASSUME_GLOBAL(scales);
-    const Rest scale = at.n > 0 ? scales[at.i / kGroup] : Rest();
-    RANGER_UNROLL()
-    for (int j = 0; j < kPack; ++j) rest.values[j] = scale;
+    if (at.n > 0) rest.words[0] = scales[at.group()];
   } else if constexpr (!std::is_same_v<Rest, NoRest>) {
     rest = Elements<Rest>(at.row, beside, kRestOf + stream, at.begin).load(at.i, at.n);
   }
+  return rest;
+}
+
+template <class Codec, template <typename> class Elements, class Thread>
+RANGER_HOST_DEVICE Fetched<Codec> fetch(const Place<Thread>& at, int stream) {
+  const Elements<typename Codec::Stored> elements(at.row, at.row.data[stream], stream, at.begin);
+  return {elements.load(at.i, at.n), fetch_rest<Codec, Elements>(at, stream)};
+}
+
+template <class Codec>
+RANGER_HOST_DEVICE Values decode(const Fetched<Codec>& from) {
   Values values;
-  RANGER_UNROLL()
-  for (int j = 0; j < kPack; ++j) {
-    values.values[j] = Codec::template decode<float>(stored.values[j], rest.values[j]);
+  if constexpr (Codec::kIsGrouped) {
+    by_scale(static_cast<uint8_t>(from.rest.words[0]), [&](const auto& times) {
+      RANGER_UNROLL()
+      for (int j = 0; j < kPack; ++j) {
+        values.values[j] = Codec::decode(from.stored.words[j / 4] << (24 - j % 4 * 8), times);
+      }
+    });
+  } else {
+    RANGER_UNROLL()
+    for (int j = 0; j < kPack; ++j) {
+      values.values[j] = Codec::template decode<float>(from.stored.get(j), from.rest.get(j));
+    }
   }
   return values;
 }
 
+// Elements beyond the last are 0, or as infinite as the step is: they make no group's maximum.
 template <class Codec, template <typename> class Elements, class Thread>
 RANGER_HOST_DEVICE void store(const Place<Thread>& at, int stream, const Values& values,
-                              const RandomBits& bits) {
+                              const Words& random) {
   using Stored = typename Codec::Stored;
   using Rest = typename Codec::Rest;
   void* const beside = at.row.data[kRestOf + stream];
-  const auto random = [&](int j) {
-    return Codec::kIsRandom ? bits.of(at.position() + static_cast<uint32_t>(j)) : 0;
-  };
-  Pack<Stored, kPack> stored;
+  Raw<Stored> stored;
   if constexpr (Codec::kIsGrouped) {
-    Values coded;
     uint32_t largest = 0;
     RANGER_UNROLL()
     for (int j = 0; j < kPack; ++j) {
-      coded.values[j] = Codec::coded(values.values[j]);
-      const uint32_t magnitude = j < at.n ? bits_of(coded.values[j]) & kMagnitude : 0;
+      const uint32_t magnitude = Codec::magnitude_of(values.values[j]);
       largest = magnitude > largest ? magnitude : largest;
     }
-    const Rest scale = Codec::scale_of(at.thread.largest_of(largest));
+    const Rest scale = scale_of(at.thread.largest_of(largest));
+    uint32_t codes[kPack];
+    by_scale(scale, [&](const auto& times) {
+      RANGER_UNROLL()
+      for (int j = 0; j < kPack; ++j) {
+        codes[j] = Codec::encode(values.values[j], random.of(j), times);
+      }
+    });
     RANGER_UNROLL()
-    for (int j = 0; j < kPack; ++j) {
-      stored.values[j] = Codec::encode(coded.values[j], random(j), scale);
+    for (int j = 0; j < kPack; j += 4) {
+      stored.words[j / 4] = upper_bytes(codes[j], codes[j + 1], codes[j + 2], codes[j + 3]);
     }
     auto* const scales = static_cast<Rest*>(beside) + at.begin / kGroup;
     RANGER_ASSUME_GLOBAL(scales);
-    if (at.n > 0 && at.i % kGroup == 0) scales[at.i / kGroup] = scale;
+    if (at.n > 0 && at.i % kGroup == 0) scales[at.group()] = scale;
   } else {
-    Pack<Rest, kPack> rest;
+    Raw<Rest> rest;
     RANGER_UNROLL()
     for (int j = 0; j < kPack; ++j) {
-      Codec::encode(values.values[j], random(j), stored.values[j], rest.values[j]);
+      Stored element;
+      Rest other;
+      Codec::encode(values.values[j], random.of(j), element, other);
+      stored.put(j, element);
+      rest.put(j, other);
     }
     if constexpr (!std::is_same_v<Rest, NoRest>) {
       Elements<Rest>(at.row, beside, kRestOf + stream, at.begin).store(at.i, at.n, rest);
@@ -181,11 +260,11 @@ RANGER_HOST_DEVICE Values load_grad(const Place<Thread>& at, const void* grad) {
   return by_grad_dtype(static_cast<DType>(at.row.grad_dtype), [&](auto zero) {
     using Stored = decltype(zero);
     const Elements<Stored> elements(at.row, grad, kGrad, at.begin);
-    const Pack<Stored, kPack> stored = elements.load(at.i, at.n);
+    const Raw<Stored> stored = elements.load(at.i, at.n);
     Values values;
     RANGER_UNROLL()
     for (int j = 0; j < kPack; ++j) {
-      values.values[j] = Plain<Stored>::template decode<float>(stored.values[j]);
+      values.values[j] = Plain<Stored>::template decode<float>(stored.get(j));
     }
     return values;
   });
@@ -196,6 +275,7 @@ RANGER_HOST_DEVICE Values load_grad(const Place<Thread>& at, const void* grad) {
 // Calls `run` with the codec of the row's parameters: float32, or one of those of 16 bits. Which of
 // these is a branch, the same for a row: kernels for each would be seven times as many.
 struct Float32Parameters {
+  using Widest = Plain<float>;
   template <class Run>
   static RANGER_HOST_DEVICE decltype(auto) by_codec(int32_t, const Run& run) {
     return run(Plain<float>());
@@ -203,6 +283,7 @@ struct Float32Parameters {
 };
 
 struct LowParameters {
+  using Widest = Master;
   template <class Run>
   static RANGER_HOST_DEVICE decltype(auto) by_codec(int32_t codec, const Run& run) {
     switch (static_cast<CodecId>(codec)) {
@@ -224,16 +305,37 @@ struct LowParameters {
   }
 };
 
+// As the widest codec has them: which codec it is makes a branch, and all loads come before any
+// value is waited for.
 template <class Parameters, template <typename> class Elements, class Thread>
-RANGER_HOST_DEVICE Values load_param(const Place<Thread>& at) {
-  return Parameters::by_codec(
-      at.row.codec, [&](auto codec) { return load<decltype(codec), Elements>(at, kParam); });
+RANGER_HOST_DEVICE Fetched<typename Parameters::Widest> fetch_param(const Place<Thread>& at) {
+  using Stored = typename Parameters::Widest::Stored;
+  Fetched<typename Parameters::Widest> all;
+  all.stored = Elements<Stored>(at.row, at.row.data[kParam], kParam, at.begin).load(at.i, at.n);
+  Parameters::by_codec(at.row.codec, [&](auto codec) {
+    const auto rest = fetch_rest<decltype(codec), Elements>(at, kParam);
+    if constexpr (!std::is_same_v<typename decltype(codec)::Rest, NoRest>) {
+      std::memcpy(all.rest.words, rest.words, sizeof(rest.words));
+    }
+  });
+  return all;
+}
+
+template <class Parameters>
+RANGER_HOST_DEVICE Values decode_param(int32_t codec,
+                                       const Fetched<typename Parameters::Widest>& all) {
+  return Parameters::by_codec(codec, [&](auto its) {
+    Fetched<decltype(its)> from;
+    std::memcpy(from.stored.words, all.stored.words, sizeof(from.stored.words));
+    std::memcpy(from.rest.words, all.rest.words, sizeof(from.rest.words));
+    return decode(from);
+  });
 }
 
 template <class Parameters, template <typename> class Elements, class Thread>
 RANGER_HOST_DEVICE Values load_slow(const Place<Thread>& at) {
   return Parameters::by_codec(at.row.codec, [&](auto codec) {
-    return load<typename SnapshotOf<decltype(codec)>::Codec, Elements>(at, kSlowParam);
+    return decode(fetch<typename SnapshotOf<decltype(codec)>::Codec, Elements>(at, kSlowParam));
   });
 }
 
@@ -249,7 +351,7 @@ RANGER_HOST_DEVICE void pull(const Place<Thread>& at, Values& p, float alpha) {
 template <class Parameters, template <typename> class Elements, class Thread>
 RANGER_HOST_DEVICE void store_param(const Place<Thread>& at, const Values& p, bool sync,
                                     const RandomKeys& keys) {
-  const RandomBits random = keys.of_param();
+  const Words random(at, keys.of_param());
   Parameters::by_codec(at.row.codec, [&](auto codec) {
     using Codec = decltype(codec);
     store<Codec, Elements>(at, kParam, p, random);
@@ -301,22 +403,26 @@ struct WideRadamKernel {
     const bool sync = (flags & kSync) != 0;
     const Span span = span_of(chunk, staged.row.numel);
     for_each_place(thread, staged.row, span, [&](const Place<Thread>& at) {
-      Values p = load_param<Parameters, Elements>(at);
+      const auto fetched_m = fetch<typename Format::ExpAvg, Elements>(at, kExpAvg);
+      const auto fetched_v = fetch<typename Format::ExpAvgSq, Elements>(at, kExpAvgSq);
+      const auto fetched_p = fetch_param<Parameters, Elements>(at);
       const Values g = load_grad<Elements>(at, staged.scalars.grad);
-      Values m = load<typename Format::ExpAvg, Elements>(at, kExpAvg);
-      Values v = load<typename Format::ExpAvgSq, Elements>(at, kExpAvgSq);
+      Values p = decode_param<Parameters>(staged.row.codec, fetched_p);
+      Values m = decode(fetched_m), v = decode(fetched_v);
       RANGER_UNROLL()
       for (int j = 0; j < kPack; ++j) {
         const Element<float> x = radam(Element<float>{p.values[j], m.values[j], v.values[j]},
                                        g.values[j], c, l2, rectified);
         p.values[j] = x.p;
         m.values[j] = x.m;
-        v.values[j] = x.v;
+        v.values[j] = kIsRoot<typename Format::ExpAvgSq> ? x.root : x.v;
       }
       if (sync) pull<Parameters, Elements>(at, p, c.alpha);
       store_param<Parameters, Elements>(at, p, sync, keys);
-      store<typename Format::ExpAvg, Elements>(at, kExpAvg, m, keys.of_exp_avg());
-      store<typename Format::ExpAvgSq, Elements>(at, kExpAvgSq, v, keys.of_exp_avg_sq());
+      Words random(at, keys.of_exp_avg());
+      store<typename Format::ExpAvg, Elements>(at, kExpAvg, m, random);
+      random.shift = keys.of_exp_avg_sq().shift;  // of the same words
+      store<typename Format::ExpAvgSq, Elements>(at, kExpAvgSq, v, random);
     });
   }
 };
@@ -336,7 +442,8 @@ struct LowInterpolationKernel {
     const float alpha = staged.scalars.f32.alpha;
     const Span span = span_of(chunk, staged.row.numel);
     for_each_place(thread, staged.row, span, [&](const Place<Thread>& at) {
-      Values p = load_param<LowParameters, Elements>(at);
+      Values p =
+          decode_param<LowParameters>(staged.row.codec, fetch_param<LowParameters, Elements>(at));
       pull<LowParameters, Elements>(at, p, alpha);
       store_param<LowParameters, Elements>(at, p, true, staged.scalars.keys);
     });

@@ -15,8 +15,16 @@ constexpr int kGroup = 32;
 // Nothing is stored beside the stream itself.
 struct NoRest {};
 
+// The 16 random bits of a word that begin at `shift`, which is 0 or 16.
+struct Random16 {
+  uint32_t word;
+  int shift;
+
+  RANGER_HOST_DEVICE uint32_t bits() const { return word >> shift & 0xffff; }
+};
+
 // A codec is what one element is in memory, in the stream's tensor and in another beside it, and
-// what there is between memory and the rule. Where it is random, `random` has 16 random bits.
+// what there is between memory and the rule.
 template <typename T>
 struct Plain {
   using Stored = T;
@@ -28,7 +36,7 @@ struct Plain {
     return static_cast<Value>(widened(stored));
   }
   template <typename Value>
-  static RANGER_HOST_DEVICE void encode(Value value, uint32_t, T& stored, NoRest&) {
+  static RANGER_HOST_DEVICE void encode(Value value, Random16, T& stored, NoRest&) {
     if constexpr (sizeof(T) >= sizeof(Value)) {
       stored = value;
     } else {
@@ -50,9 +58,8 @@ struct StochasticBFloat16 {
   static RANGER_HOST_DEVICE float decode(BFloat16 stored, NoRest) {
     return widened(stored);
   }
-  static RANGER_HOST_DEVICE void encode(float value, uint32_t random, BFloat16& stored, NoRest&) {
-    const uint32_t bits = bits_of(value);
-    stored = upper_half(is_finite(bits) ? bits + random : bits, is_nan(bits));
+  static RANGER_HOST_DEVICE void encode(float value, Random16 random, BFloat16& stored, NoRest&) {
+    stored = upper_half(bits_of(value) + random.bits(), is_nan(value));
   }
 };
 
@@ -76,9 +83,9 @@ struct Split {
   static RANGER_HOST_DEVICE float decode(BFloat16 stored, BFloat16 rest) {
     return joined(stored, static_cast<int16_t>(rest.bits));
   }
-  static RANGER_HOST_DEVICE void encode(float value, uint32_t, BFloat16& stored, BFloat16& rest) {
+  static RANGER_HOST_DEVICE void encode(float value, Random16, BFloat16& stored, BFloat16& rest) {
     const uint32_t bits = bits_of(value);
-    const bool nan = is_nan(bits);
+    const bool nan = is_nan(value);
     stored = upper_half(bits + 0x8000, nan);  // ties away from zero: the rest fits 16 bits
     rest.bits = static_cast<uint16_t>(nan ? 0 : bits);
   }
@@ -93,25 +100,21 @@ struct Split24 {
   static RANGER_HOST_DEVICE float decode(BFloat16 stored, int8_t rest) {
     return joined(stored, static_cast<int32_t>(rest) * 256);
   }
-  static RANGER_HOST_DEVICE void encode(float value, uint32_t random, BFloat16& stored,
+  static RANGER_HOST_DEVICE void encode(float value, Random16 random, BFloat16& stored,
                                         int8_t& rest) {
-    const uint32_t bits = bits_of(value);
-    const bool nan = is_nan(bits);
-    const uint32_t rounded = is_finite(bits) ? bits + (random >> 8) : bits;
+    const bool nan = is_nan(value);
+    const uint32_t rounded = bits_of(value) + (random.bits() >> 8);
     stored = upper_half((rounded & ~0xffu) + 0x8000, nan);
     rest = static_cast<int8_t>(nan ? 0 : rounded >> 8 & 0xff);
   }
 };
 
-// The magnitude of `value` in a smaller type, rounded stochastically: exponent, then fraction.
-// `least`: the bits of the type's smallest normal number, a power of two. Its exponent becomes 1;
-// below it lie fixed-point numbers, which adding it makes of them. Of the fraction, `dropped` bits
-// are dropped, and `random` has as many.
-RANGER_HOST_DEVICE uint32_t shortened(float value, uint32_t least, int dropped, uint32_t random) {
-  const uint32_t magnitude = bits_of(value) & kMagnitude;
+// A float32's magnitude as a multiple of a power of two, in float32's bits: 1 in the exponent is
+// `least`, the bits of a power of two, and below it lie fixed-point numbers, which adding it makes
+// of them.
+RANGER_HOST_DEVICE uint32_t in_multiples(uint32_t magnitude, uint32_t least) {
   const uint32_t fixed = bits_of(value_of(magnitude) + value_of(least)) - least;
-  const uint32_t normal = magnitude - least + (1u << 23);
-  return ((magnitude < least ? fixed : normal) + random) >> dropped;
+  return magnitude < least ? fixed : magnitude - least + (1u << 23);
 }
 
 struct StochasticFloat16 {
@@ -123,11 +126,11 @@ struct StochasticFloat16 {
   static RANGER_HOST_DEVICE float decode(Float16 stored, NoRest) {
     return widened(stored);
   }
-  static RANGER_HOST_DEVICE void encode(float value, uint32_t random, Float16& stored, NoRest&) {
+  static RANGER_HOST_DEVICE void encode(float value, Random16 random, Float16& stored, NoRest&) {
     const uint32_t bits = bits_of(value);
-    uint32_t narrow = shortened(value, 0x38800000, 13, random >> 3);
+    uint32_t narrow = (in_multiples(bits & kMagnitude, 0x38800000) + (random.bits() >> 3)) >> 13;
     narrow = is_finite(bits) && narrow < 0x7c00 ? narrow : 0x7c00;
-    narrow = is_nan(bits) ? 0x7e00 : narrow;
+    narrow = is_nan(value) ? 0x7e00 : narrow;
     stored = {static_cast<uint16_t>(narrow | (bits >> 16 & 0x8000))};
   }
 };
@@ -144,7 +147,7 @@ struct Master {
     const float value = widened(stored);
     return widened(narrowed<Float16>(rest)) == value ? rest : value;
   }
-  static RANGER_HOST_DEVICE void encode(float value, uint32_t, Float16& stored, float& rest) {
+  static RANGER_HOST_DEVICE void encode(float value, Random16, Float16& stored, float& rest) {
     stored = narrowed<Float16>(value);
     rest = value;
   }
@@ -157,77 +160,152 @@ struct Master {
 // number; kNotFinite, and an element is infinite or NaN.
 constexpr uint8_t kNotFinite = 255;
 
+// `largest`: of the bits of a group's magnitudes.
+RANGER_HOST_DEVICE uint8_t scale_of(uint32_t largest) {
+  const uint32_t exponent = largest >> 23;
+  const uint32_t scale = exponent < 6 ? 0 : exponent - 6;
+  return static_cast<uint8_t>(largest >= kInfinity ? kNotFinite : scale);
+}
+
+// Between a code, in the place of a float32's upper bits, and a number is 2^scale. Both classes do
+// the same.
+class Sums {
+ public:
+  explicit RANGER_HOST_DEVICE Sums(uint8_t scale) : least_((scale + 1u) << 23) {}
+
+  RANGER_HOST_DEVICE float times(uint32_t bits) const {
+    const uint32_t magnitude = bits & kMagnitude;
+    const float fixed = value_of(magnitude + least_) - value_of(least_);
+    const uint32_t normal = magnitude + least_ - (1u << 23);
+    return value_of((magnitude < 1u << 23 ? bits_of(fixed) : normal) | (bits & ~kMagnitude));
+  }
+  RANGER_HOST_DEVICE uint32_t over(uint32_t magnitude) const {
+    return in_multiples(magnitude, least_);
+  }
+
+ private:
+  uint32_t least_;
+};
+
+// Where 2^scale and 2^-scale are float32 numbers, which has fixed-point ones itself below its
+// normal ones. GPUs are as fast there; other processors mostly are not.
+class Products {
+ public:
+  static constexpr uint8_t kLast = 126;
+
+  explicit RANGER_HOST_DEVICE Products(uint8_t scale)
+      : up_(value_of((127u + scale) << 23)), down_(value_of((127u - scale) << 23)) {}
+
+  RANGER_HOST_DEVICE float times(uint32_t bits) const { return value_of(bits) * up_; }
+  RANGER_HOST_DEVICE uint32_t over(uint32_t magnitude) const {
+    return bits_of(value_of(magnitude) * down_);
+  }
+
+ private:
+  float up_, down_;
+};
+
+struct NotFinite {};
+
+// Calls `run` with what decodes and encodes the numbers of a group.
+template <class Run>
+RANGER_HOST_DEVICE void by_scale(uint8_t scale, const Run& run) {
+#if defined(__CUDA_ARCH__)
+  if (scale <= Products::kLast) return run(Products(scale));
+#endif
+  if (scale == kNotFinite) return run(NotFinite());
+  run(Sums(scale));
+}
+
+// Codes are in the uppermost byte of a word: what is below them is not looked at in decoding, and
+// makes no difference afterwards.
 template <int kFraction>
 struct Grouped {
   using Stored = uint8_t;
   using Rest = uint8_t;  // the scale, one for a group
   static constexpr bool kIsRandom = true, kIsGrouped = true;
-  static constexpr int kDropped = 23 - kFraction;
 
-  // `largest`: of the bits of a group's magnitudes.
-  static RANGER_HOST_DEVICE uint8_t scale_of(uint32_t largest) {
-    const uint32_t exponent = largest >> 23;
-    const uint32_t scale = exponent < 6 ? 0 : exponent - 6;
-    return static_cast<uint8_t>(largest >= kInfinity ? kNotFinite : scale);
-  }
-  // 16 random bits, and a half of their last.
-  static RANGER_HOST_DEVICE uint32_t code_of(float value, uint8_t scale, uint32_t random) {
-    constexpr int kLowest = kDropped - 16;
-    return shortened(value, (scale + 1u) << 23, kDropped,
-                     (random << kLowest) + (1u << (kLowest - 1)));
-  }
-  static RANGER_HOST_DEVICE float magnitude_of(uint32_t code, uint8_t scale) {
-    const uint32_t bits = code << kDropped;
-    const uint32_t least = (scale + 1u) << 23;
-    const float fixed = value_of(bits + least) - value_of(least);
-    const float normal = value_of(bits + (static_cast<uint32_t>(scale) << 23));
-    return code < 1u << kFraction ? fixed : normal;
+ protected:
+  static constexpr int kAbove = kFraction + 1;  // of a float32's bits, the exponent's upper ones
+
+  // 16 random bits, and a half of their last, are added.
+  static RANGER_HOST_DEVICE uint32_t rounded(uint32_t bits, Random16 random) {
+#if defined(__CUDA_ARCH__)
+    const uint32_t more = __byte_perm(random.word, 0x80, random.shift == 0 ? 0x5104 : 0x5324);
+#else
+    const uint32_t more = random.bits() << 8 | 0x80;
+#endif
+    return (bits << kAbove) + more;
   }
 };
 
 // A sign, and 4 bits of fraction. Beside an infinity or NaN all else is 0.
 struct GroupedSigned : Grouped<4> {
-  template <typename Value>
-  static RANGER_HOST_DEVICE float decode(uint8_t stored, uint8_t scale) {
-    const uint32_t code = stored & 0x7f;
-    const uint32_t other = code == 0 ? 0 : code == 1 ? kInfinity : kInfinity + 1;
-    const uint32_t bits = scale == kNotFinite ? other : bits_of(magnitude_of(code, scale));
-    return value_of(bits | static_cast<uint32_t>(stored & 0x80) << 24);
+  static RANGER_HOST_DEVICE uint32_t magnitude_of(float value) {
+    return bits_of(value) & kMagnitude;
   }
-  // What is coded of a value.
-  static RANGER_HOST_DEVICE float coded(float value) { return value; }
-  static RANGER_HOST_DEVICE uint8_t encode(float value, uint32_t random, uint8_t scale) {
+
+  template <class Scale>
+  static RANGER_HOST_DEVICE float decode(uint32_t code, const Scale& scale) {
+    return scale.times(static_cast<uint32_t>(static_cast<int32_t>(code) >> kAbove) & 0x83f80000);
+  }
+  static RANGER_HOST_DEVICE float decode(uint32_t code, NotFinite) {
+    const uint32_t magnitude = code >> 24 & 0x7f;
+    const uint32_t bits = magnitude == 0 ? 0 : magnitude == 1 ? kInfinity : kInfinity + 1;
+    return value_of(bits | (code & ~kMagnitude));
+  }
+
+  template <class Scale>
+  static RANGER_HOST_DEVICE uint32_t encode(float value, Random16 random, const Scale& scale) {
+    return rounded(scale.over(magnitude_of(value)), random) | (bits_of(value) & ~kMagnitude);
+  }
+  static RANGER_HOST_DEVICE uint32_t encode(float value, Random16, NotFinite) {
     const uint32_t bits = bits_of(value);
-    const uint32_t other = is_finite(bits) ? 0 : is_nan(bits) ? 2 : 1;
-    const uint32_t code = scale == kNotFinite ? other : code_of(value, scale, random);
-    return static_cast<uint8_t>(code | (bits >> 24 & 0x80));
+    return (is_finite(bits) ? 0u : is_nan(value) ? 2u : 1u) << 24 | (bits & ~kMagnitude);
   }
 };
 
 // The root of a number from 0 on, and 5 bits of fraction; above 0 it stays there. Beside an
-// infinity or NaN all else above 0 is 2^126.
+// infinity or NaN all else above 0 is 2^126. What is encoded is the root already.
 struct GroupedRoot : Grouped<5> {
-  template <typename Value>
-  static RANGER_HOST_DEVICE float decode(uint8_t code, uint8_t scale) {
-    const uint32_t other = code == 0   ? 0
-                           : code == 1 ? bits_of(0x1p63f)
-                           : code == 2 ? kInfinity
-                                       : kInfinity + 1;
-    const float root = scale == kNotFinite ? value_of(other) : magnitude_of(code, scale);
+  static constexpr bool kIsRoot = true;
+
+  // No root is below 0; those that are NaN are beyond infinity with a sign, too.
+  static RANGER_HOST_DEVICE uint32_t magnitude_of(float root) { return bits_of(root); }
+
+  template <class Scale>
+  static RANGER_HOST_DEVICE float decode(uint32_t code, const Scale& scale) {
+    const float root = scale.times(code >> kAbove & 0x03fc0000);
     return root * root;
   }
-  static RANGER_HOST_DEVICE float coded(float value) { return square_root(value); }
-  static RANGER_HOST_DEVICE uint8_t encode(float root, uint32_t random, uint8_t scale) {
+  static RANGER_HOST_DEVICE float decode(uint32_t code, NotFinite) {
+    code = code >> 24;
+    return value_of(code == 0   ? 0
+                    : code == 1 ? bits_of(0x1p126f)
+                    : code == 2 ? kInfinity
+                                : kInfinity + 1);
+  }
+
+  template <class Scale>
+  static RANGER_HOST_DEVICE uint32_t encode(float root, Random16 random, const Scale& scale) {
+    const uint32_t bits = magnitude_of(root);
+    const uint32_t code = rounded(scale.over(bits), random);
+    const uint32_t least = bits < 1u << 24 ? bits : 1u << 24;  // a root is 0 or far above that
+    return code > least ? code : least;
+  }
+  static RANGER_HOST_DEVICE uint32_t encode(float root, Random16, NotFinite) {
     const uint32_t bits = bits_of(root);
-    const uint32_t other = is_finite(bits) ? 1 : is_nan(bits) ? 3 : 2;
-    uint32_t code = scale == kNotFinite ? other : code_of(root, scale, random);
-    code = code == 0 ? 1 : code;
-    return static_cast<uint8_t>((bits & kMagnitude) == 0 ? 0 : code);
+    return bits == 0 ? 0 : (is_finite(bits) ? 1u : is_nan(root) ? 3u : 2u) << 24;
   }
 };
 
-// --- by name
-// ---------------------------------------------------------------------------------------
+// Whether what is encoded is a number's root.
+template <class Codec, class = void>
+constexpr bool kIsRoot = false;
+template <class Codec>
+constexpr bool kIsRoot<Codec, std::enable_if_t<Codec::kIsRoot>> = true;
+
+// --- by name -------------------------------------------------------------------------------------
 
 // As ranger_cuda/state/formats.py calls them. Slow24 is what Split24 is, in tensors of other names.
 #define RANGER_CODECS(X)                    \
@@ -265,14 +343,19 @@ struct CodecInfo {
   DType rest;  // kCount: there is none
   bool is_random;
   bool is_grouped;
+  bool is_root;
 
   constexpr bool counts_elements() const { return is_random || is_grouped; }
   constexpr bool has_rest() const { return rest != DType::kCount; }
 };
 constexpr CodecInfo kCodecInfos[] = {
-#define RANGER_CODEC_INFO(name, type)                                                      \
-  {#name, kDTypeOf<typename type::Stored>, kDTypeOf<typename type::Rest>, type::kIsRandom, \
-   type::kIsGrouped},
+#define RANGER_CODEC_INFO(name, type) \
+  {#name,                             \
+   kDTypeOf<typename type::Stored>,   \
+   kDTypeOf<typename type::Rest>,     \
+   type::kIsRandom,                   \
+   type::kIsGrouped,                  \
+   kIsRoot<type>},
     RANGER_CODECS(RANGER_CODEC_INFO)
 #undef RANGER_CODEC_INFO
 };

@@ -81,8 +81,17 @@ RANGER_HOST_DEVICE float value_of(uint32_t bits) { return with_bits_of<float>(bi
 constexpr uint32_t kInfinity = 0x7f800000;   // a float32's bits
 constexpr uint32_t kMagnitude = 0x7fffffff;  // all of them but the sign
 
+// The uppermost byte of each word, the first word's lowest.
+RANGER_HOST_DEVICE uint32_t upper_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410);
+#else
+  return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
+#endif
+}
+
 RANGER_HOST_DEVICE bool is_finite(uint32_t bits) { return (bits & kMagnitude) < kInfinity; }
-RANGER_HOST_DEVICE bool is_nan(uint32_t bits) { return (bits & kMagnitude) > kInfinity; }
+RANGER_HOST_DEVICE bool is_nan(float x) { return x != x; }
 
 // --- exact where they are widened, rounded to nearest where they are narrowed --------------------
 
@@ -116,7 +125,7 @@ template <>
 RANGER_HOST_DEVICE BFloat16 narrowed<BFloat16>(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return {static_cast<uint16_t>(is_nan(bits) ? 0x7fc0 : rounded)};
+  return {static_cast<uint16_t>(is_nan(x) ? 0x7fc0 : rounded)};
 }
 template <>
 RANGER_HOST_DEVICE Float16 narrowed<Float16>(float x) {
@@ -132,7 +141,7 @@ RANGER_HOST_DEVICE Float16 narrowed<Float16>(float x) {
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   uint32_t narrow = magnitude < 0x38800000 ? fixed : normal;
   narrow = narrow > 0x7c00 ? 0x7c00 : narrow;
-  narrow = is_nan(bits) ? 0x7e00 : magnitude == kInfinity ? 0x7c00 : narrow;
+  narrow = magnitude > kInfinity ? 0x7e00 : magnitude == kInfinity ? 0x7c00 : narrow;
   return {static_cast<uint16_t>(narrow | (bits >> 16 & 0x8000))};
 #endif
 }

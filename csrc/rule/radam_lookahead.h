@@ -16,6 +16,7 @@ struct Element {
   T p;  // parameter
   T m;  // exp_avg
   T v;  // exp_avg_sq
+  T root = T(0);  // of the new v
 };
 
 // RAdam (arXiv:1908.03265, Algorithm 2). `l2` and `rectified` are the same for a whole tensor.
@@ -26,8 +27,9 @@ RANGER_HOST_DEVICE Element<T> radam(Element<T> x, T g, const Coefficients<T>& c,
   if (l2) g = g + c.weight_decay * x.p;                 // L2, not decoupled
   x.m = c.beta1 * x.m + c.one_minus_beta1 * g;          // line 6: first moment
   x.v = c.beta2 * x.v + c.one_minus_beta2 * (g * g);    // line 5: second moment
-  T u = x.m;                                            // line 14: un-adapted momentum
-  if (rectified) u = x.m / (square_root(x.v) + c.eps);  // line 12: adaptive
+  x.root = square_root(x.v);
+  T u = x.m;                                  // line 14: un-adapted momentum
+  if (rectified) u = x.m / (x.root + c.eps);  // line 12: adaptive
   x.p = x.p * c.decay - c.step_size * u;                // step_size has r_t and the bias terms
   return x;
 }
