@@ -23,6 +23,7 @@ EXPERIMENTS = (
     "lookahead_plane",
     "lookahead_sweep",
     "comparison",
+    "low_precision",
 )
 
 

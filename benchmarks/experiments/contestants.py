@@ -18,7 +18,8 @@ from . import Job, Results
 
 Contestant = dict[str, Any]
 """``name`` and ``lr``; optionally ``warmup`` (steps in which the learning rate rises linearly),
-``cosine`` (whether it then falls to 0 with the last step), and arguments of the optimizer."""
+``cosine`` (whether it then falls to 0 with the last step), ``dtype`` (of the model; float32), and
+arguments of the optimizer."""
 
 
 def _adam(params: Iterable[Parameter], lr: float, weight_decay: float = 0.0) -> Optimizer:
@@ -27,6 +28,11 @@ def _adam(params: Iterable[Parameter], lr: float, weight_decay: float = 0.0) -> 
 
 def _radam(params: Iterable[Parameter], lr: float, **options: Any) -> Optimizer:
     return ranger_cuda.RAdam(params, lr=lr, decoupled_weight_decay=True, **options)
+
+
+def _ranger(params: Iterable[Parameter], lr: float, state_dtype: str, **options: Any) -> Optimizer:
+    dtype = state_dtype if state_dtype == "8bit" else getattr(torch, state_dtype)
+    return ranger_cuda.Ranger(params, lr=lr, state_dtype=dtype, **options)
 
 
 def _sgd(params: Iterable[Parameter], lr: float) -> Optimizer:
@@ -63,6 +69,16 @@ STYLES = {
     "Lookahead(AdamW)": Style(_lookahead_adam, "#CC79A7"),
     "Lookahead(SGD)": Style(_lookahead_sgd, "#E69F00"),
     "SGD": Style(_sgd, "#E69F00"),
+    "float32": Style(_ranger, "#000000"),
+    "float32, 8-bit moments": Style(_ranger, "#000000", "--"),
+    "exact": Style(_ranger, "#0072B2"),
+    "exact, bfloat16 moments": Style(_ranger, "#0072B2", ":"),
+    "exact, 8-bit moments": Style(_ranger, "#0072B2", "--"),
+    "stochastic24": Style(_ranger, "#009E73"),
+    "stochastic24, 8-bit moments": Style(_ranger, "#009E73", "--"),
+    "stochastic": Style(_ranger, "#E69F00"),
+    "stochastic, 8-bit moments": Style(_ranger, "#E69F00", "--"),
+    "nearest": Style(_ranger, "#CC79A7"),
 }
 
 
@@ -90,7 +106,7 @@ def build(
     contestant: Contestant, params: Iterable[Parameter], steps: int
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer, and its schedule over ``steps`` steps."""
-    options = dict(contestant)
+    options = {name: value for name, value in contestant.items() if name != "dtype"}
     warmup = options.pop("warmup", 0)
     cosine = options.pop("cosine", False)
     optimizer = STYLES[options.pop("name")].build(params, **options)

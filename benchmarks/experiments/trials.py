@@ -7,6 +7,8 @@ import math
 import time
 from typing import Any
 
+import torch
+
 from . import Job, tasks
 from .contestants import Contestant, build
 
@@ -16,7 +18,7 @@ class Trial:
 
     def __init__(self, task: tasks.Task, contestant: Contestant, seed: int, steps: int) -> None:
         self.task = task
-        self.model = task.model(seed)
+        self.model = task.model(seed).to(getattr(torch, contestant.get("dtype", "float32")))
         self.optimizer, self.schedule = build(contestant, self.model.parameters(), steps)
         self.curve: dict[str, list[float]] = {
             "train_loss": [],  # the mean since the last evaluation, in nats
