@@ -5,6 +5,7 @@ change, and that only ``make ptx`` runs: translated PTX beyond one architecture'
 Triton's interpreter, slower than that by far, only repeats. `make quick` leaves out those that are
 ``slow``."""
 
+import gc
 import os
 import sys
 import unittest
@@ -22,7 +23,15 @@ except ImportError:  # torch.testing._internal imports it, for a base class that
 
 from builds import shared_folder
 from expendable import Expendable
-from targets import ALL_COMPILED, ALL_NAMES, COMPILED, NAMES, open_target
+from targets import (
+    ALL_COMPILED,
+    ALL_NAMES,
+    COMPILED,
+    NAMES,
+    fresh_triton,
+    open_target,
+    triton_on_the_cpu,
+)
 
 # Modules of tests that compile, start processes that import torch, or train.
 SLOW = {
@@ -48,6 +57,7 @@ SLOW = {
     "test_train_cli",
     "test_triton",
     "test_triton_launch",
+    "test_triton_memory",
 }
 SLOW_PLACES = {"interpreted", *ALL_COMPILED}
 # What is done to memory between steps is seen before there are kernels: in the interpreter's place,
@@ -102,6 +112,20 @@ def device_target(request, monkeypatch):
 def interpreted(monkeypatch):
     """The Triton backend in Triton's interpreter."""
     return open_target("interpreted", monkeypatch)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """``backend="triton"`` compiles for it, and finds it with nothing compiled yet."""
+    driver = pytest.importorskip("triton.runtime.driver").driver
+    kernels = fresh_triton()["triton_kernels"]
+    triton_on_the_cpu(monkeypatch, kernels)
+    idle = pytest.importorskip("ptx.triton_gpu").IdleGPU()
+    monkeypatch.setattr(driver, "_active", idle)
+    yield idle
+    for kernel in vars(kernels).values():  # they are unloaded while there is a driver
+        getattr(kernel, "device_caches", {}).clear()
+    gc.collect()
 
 
 @pytest.fixture(params=ALL_NAMES)

@@ -86,3 +86,10 @@ def adamw_checkpoint(count: int, *shape: int) -> dict[str, Any]:
         param.grad = torch.ones(shape)
     optimizer.step()
     return optimizer.state_dict()
+
+
+def with_gradients(*tensors):
+    params = [torch.nn.Parameter(tensor) for tensor in tensors]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params

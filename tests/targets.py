@@ -137,10 +137,10 @@ def interpreted_kernels() -> ModuleType:
         pytest.skip(f"Triton {triton.__version__}'s interpreter cannot use NumPy 2.4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        kernels = fresh_kernels()
+        modules = fresh_triton()
     # Which the interpreter applies to arrays; any other, to one number after the other.
-    kernels.scales_of.fn.__globals__["larger"] = triton.language.standard._elementwise_max
-    return kernels
+    modules["triton_codecs"].larger = triton.language.standard._elementwise_max
+    return modules["triton_kernels"]
 
 
 def release(module: ModuleType) -> tuple[int, ...]:
@@ -148,15 +148,17 @@ def release(module: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def fresh_kernels() -> ModuleType:
-    """The Triton kernels once more, not compiled yet."""
+def fresh_triton() -> dict[str, ModuleType]:
+    """The modules of Triton's code once more, by name, not compiled yet."""
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("triton_codecs", "triton_kernels"):  # the second imports the first
+        for part in ("words", "codecs", "rule", "schedule", "memory", "kernels"):  # as they import
+            name = f"triton_{part}"
             spec = importlib.util.find_spec(f"ranger_cuda.backends.{name}")
-            module = importlib.util.module_from_spec(spec)
-            patch.setitem(sys.modules, spec.name, module)
-            spec.loader.exec_module(module)
-    return module
+            found[name] = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, spec.name, found[name])
+            spec.loader.exec_module(found[name])
+    return found
 
 
 def triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
@@ -172,7 +174,7 @@ def triton_on_the_cpu(patch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
 def kernels_compiled_for(architecture: int) -> ModuleType:
     """The Triton kernels, which are compiled as they are first launched."""
     pytest.importorskip("triton")
-    return fresh_kernels()
+    return fresh_triton()["triton_kernels"]
 
 
 @functools.cache

@@ -18,11 +18,11 @@ from ptx.build import compile_to_ptx, kernel_library
 from ptx.device import device
 from ptx.translate import Untranslatable
 from ranger_cuda import Ranger
-from ranger_cuda.backends import triton_kernels, triton_tables
+from ranger_cuda.backends import triton_tables
 from targets import (
     compiled_binary,
     emulated_binary,
-    fresh_kernels,
+    fresh_triton,
     load,
     open_target,
     triton_on_the_cpu,
@@ -150,14 +150,17 @@ def test_arithmetic_that_rounds_otherwise_is_refused(option, evidence):
 def test_an_alignment_that_triton_s_kernels_claim_is_checked(target, tmp_path, monkeypatch):
     """One pointer for both branches has in both the alignment that is claimed in one."""
     text = "load_any(word, i, mask, dtype, T, False)\n    else:"
-    source = Path(triton_kernels.__file__).read_text()
+    modules = fresh_triton()
+    memory, kernels = modules["triton_memory"], modules["triton_kernels"]
+    source = Path(memory.__file__).read_text()
     assert source.count(text) == 1
-    file = tmp_path / "kernels.py"
+    file = tmp_path / "memory.py"
     file.write_text(source.replace(text, text.replace("False", "True")))
-    name = "ranger_cuda.backends.claiming_kernels"  # it imports what is beside it
+    name = "ranger_cuda.backends.claiming_memory"  # it imports what is beside it
     spec = importlib.util.spec_from_file_location(name, file)
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
+    claiming = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(claiming)
+    kernels.load_grad = claiming.load_grad
     triton_on_the_cpu(monkeypatch, kernels)
     with pytest.raises(RuntimeError, match="misaligned: load of 16 bytes"):
         check("triton")
@@ -167,7 +170,7 @@ def test_an_alignment_that_triton_s_kernels_claim_is_checked(target, tmp_path, m
 def test_triton_s_contraction_is_refused(target, monkeypatch):
     options = triton_tables.options
     fused = {"enable_fp_fusion": True}
-    triton_on_the_cpu(monkeypatch, fresh_kernels())
+    triton_on_the_cpu(monkeypatch, fresh_triton()["triton_kernels"])
     monkeypatch.setattr(triton_tables, "options", lambda *given: options(*given) | fused)
     with pytest.raises(Untranslatable, match=r"fma|^(add|sub|mul)\.f(32|64) "):
         check("triton")

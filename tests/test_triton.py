@@ -13,9 +13,9 @@ from emulation.programs import checked
 from helpers import assert_same, give_gradients, twins
 from machine_code import cuobjdump, divisions_and_roots, fused, operations
 from ranger_cuda import Ranger
-from ranger_cuda.backends import support, triton_launcher, triton_tables
+from ranger_cuda.backends import support, triton_launcher, triton_tables, triton_words
 from ranger_cuda.state import formats
-from targets import fresh_kernels, release
+from targets import fresh_triton, release
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
@@ -236,9 +236,9 @@ def test_no_older_assembler_fuses_products_and_sums(target, tmp_path, monkeypatc
 
     found, allowed = counts()
     assert found <= allowed
-    kernels = fresh_kernels()
-    kernels.product = plain_product
-    monkeypatch.setattr(triton_tables, "load_kernels", lambda: kernels)
+    modules = fresh_triton()
+    modules["triton_rule"].product = plain_product
+    monkeypatch.setattr(triton_tables, "load_kernels", lambda: modules["triton_kernels"])
     found, allowed = counts()
     assert not found <= allowed
 
@@ -281,12 +281,11 @@ def test_the_tables_are_those_of_the_compiled_backend():
     extension = support.extension()
     if isinstance(extension, support.Obstacle):
         pytest.skip(extension.cause)
-    kernels = triton_tables.load_kernels()
     words = ("row_words", "rest_of", "numel", "step", "layout", "first", "group", "place", "seed")
     words += ("scalar_words", "coefficients", "keys", "group_words")
-    here = {name: getattr(kernels, name.upper()).value for name in words}
+    here = {name: getattr(triton_words, name.upper()).value for name in words}
     flags = ("active", "rectified", "l2", "sync")
-    here |= {name: getattr(kernels, name.upper()).value for name in flags}
+    here |= {name: getattr(triton_words, name.upper()).value for name in flags}
     assert extension.table_layout() == here
 
 

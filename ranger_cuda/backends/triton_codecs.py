@@ -3,7 +3,7 @@
 ``csrc/formats/codecs.h`` and ``csrc/rule/random.h`` are the same in C++, and
 ``ranger_cuda/state/codecs.py`` says why. Codecs are compiled in by their names. All of it is of
 float32 values and integer operations on their bits, but for the codecs that are numbers as they
-are. Nothing here adds a product: see ``product()`` of ``triton_kernels.py``.
+are. Nothing here adds a product: see ``product()`` of ``triton_rule.py``.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Launch(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the kernels read, on the device (``triton_kernels.py`` has the words)."""
+    """What the kernels read, on the device (``triton_words.py`` has the words)."""
 
     records: Tensor
     scalars: Tensor
