@@ -37,15 +37,14 @@ class Task(NamedTuple):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats."""
-        logits = model(batch.inputs).flatten(0, -2).float()
-        return F.cross_entropy(logits, batch.targets.flatten())
+        return F.cross_entropy(model(batch.inputs).flatten(0, -2), batch.targets.flatten())
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy on the held-out data."""
         loss = correct = count = 0.0
         for inputs, targets in self.held_out:
-            logits, wanted = model(inputs).flatten(0, -2).float(), targets.flatten()
+            logits, wanted = model(inputs).flatten(0, -2), targets.flatten()
             loss += F.cross_entropy(logits, wanted, reduction="sum").item()
             correct += (logits.argmax(-1) == wanted).sum().item()
             count += len(wanted)

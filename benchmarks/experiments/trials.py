@@ -8,9 +8,25 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import Job, tasks
 from .contestants import Contestant, build
+
+
+class Narrow(nn.Module):
+    """A model whose parameters, and their gradients, are of a narrower dtype; its arithmetic is
+    float32's, which is fast on any processor, and leaves nothing but storage to compare."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model.to(dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As the model's."""
+        wide = {name: param.float() for name, param in self.model.named_parameters()}
+        return functional_call(self.model, wide, (inputs,))
 
 
 class Trial:
@@ -18,7 +34,9 @@ class Trial:
 
     def __init__(self, task: tasks.Task, contestant: Contestant, seed: int, steps: int) -> None:
         self.task = task
-        self.model = task.model(seed).to(getattr(torch, contestant.get("dtype", "float32")))
+        self.model = task.model(seed)
+        if "dtype" in contestant:
+            self.model = Narrow(self.model, getattr(torch, contestant["dtype"]))
         self.optimizer, self.schedule = build(contestant, self.model.parameters(), steps)
         self.curve: dict[str, list[float]] = {
             "train_loss": [],  # the mean since the last evaluation, in nats
