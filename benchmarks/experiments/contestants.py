@@ -18,7 +18,7 @@ from . import Job, Results
 
 Contestant = dict[str, Any]
 """``name`` and ``lr``; optionally ``warmup`` (steps in which the learning rate rises linearly),
-``cosine`` (whether it then falls to 0 with the last step), ``dtype`` (of the parameters; float32), and
+``cosine`` (whether it then falls to 0 with the last step), ``dtype`` (the parameters'), and
 arguments of the optimizer."""
 
 
