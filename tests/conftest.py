@@ -54,6 +54,7 @@ SLOW = {
     "test_ptx_kernels",
     "test_random_bits",
     "test_random_operations",
+    "test_resharding",
     "test_train_cli",
     "test_triton",
     "test_triton_launch",

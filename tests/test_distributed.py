@@ -9,18 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
-import traceback
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -31,79 +26,21 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
-from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda import RAdam, Ranger
 from ranger_cuda.state import tensors
 from ranger_cuda.step import native
-
-WORLD = 2
-OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
-BUILDS = (
-    functools.partial(Ranger, **OPTIONS),
-    functools.partial(Ranger, backend="reference", **OPTIONS),
-    lambda p: Lookahead(RAdam(p, lr=0.01), k=3),
-    lambda p: Lookahead(torch.optim.AdamW(p, lr=0.01, foreach=False), k=3),
+from ranks import (
+    BUILDS,
+    OPTIONS,
+    WORLD,
+    Awkward,
+    assert_same_run,
+    full,
+    give,
+    on_ranks,
+    sharded,
+    train,
 )
-
-
-class Awkward(nn.Module):
-    """Sizes that two ranks split unevenly, or that leave one of them nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        for i, shape in enumerate([(1,), (3,), (7, 5), (1, 4), (8, 2, 2)]):
-            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape, generator=generator)))
-
-    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """A loss that has these gradients."""
-        return sum((p * g).sum() for p, g in zip(self.parameters(), gradients, strict=True))
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def give(model, step, rank=None):
-    """Whole-number gradients of a step: this rank's, or the average of all."""
-    for i, param in enumerate(model.parameters()):
-        shape = param.shape
-        generator = torch.Generator().manual_seed(100 * step + i)
-        both = torch.randint(-8, 9, (WORLD, *shape), generator=generator).float()
-        grad = (both.mean(0) if rank is None else both[rank]).to(param.dtype)
-        if isinstance(param, DTensor):
-            grad = distribute_tensor(grad, param.device_mesh, param.placements)
-        param.grad = grad
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        give(model, step)
-        optimizer.step()
-
-
-def assert_same_run(model, optimizer, other, its_optimizer, what):
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert_same_bits(full(p), full(q), f"{what}, {name}")
-        for key, value in its_optimizer.state[q].items():
-            assert_same_bits(full(optimizer.state[p][key]), full(value), f"{what}, {key} of {name}")
-
-
-def sharded(model=None):
-    return fully_shard(model or Awkward(), mesh=init_device_mesh("cpu", (WORLD,)))
-
-
-class Large(Awkward):
-    """Also sizes whose moments are 8 bits: rows of whole groups, split unevenly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, shape in (("rows", (131, 64)), ("deep", (3, 5, 320)), ("few", (1, 4096))):
-            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
-        self.bfloat16()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for param in self.parameters():
-                param.copy_(torch.randn(param.shape, generator=generator))
 
 
 def ddp(rank, folder):
@@ -187,53 +124,6 @@ def clipping(rank, folder):
     for p, q in zip(model.parameters(), single.parameters(), strict=True):
         found, expected = full(optimizer.state[p]["exp_avg"]), reference.state[q]["exp_avg"]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-def resharding(rank, folder):
-    """Saved on two ranks, resumed whole and on two ranks again, in mid-cycle: the same bits."""
-    single = Awkward()
-    reference = Ranger(single.parameters(), **OPTIONS)
-    train(single, reference, range(10))
-
-    model = sharded()
-    optimizer = Ranger(model.parameters(), **OPTIONS)
-    train(model, optimizer, range(4))
-    saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(saved, checkpoint_id=folder)
-
-    again = sharded()
-    resumed = Ranger(again.parameters(), **OPTIONS)
-    loaded = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, resumed)}
-    dcp.load(loaded, checkpoint_id=folder)
-    again.load_state_dict(loaded["model"])
-    set_optimizer_state_dict(again, resumed, loaded["optimizer"])
-    train(again, resumed, range(4, 10))
-    assert_same_run(again, resumed, single, reference, "two ranks from two")
-
-    options = StateDictOptions(full_state_dict=True)
-    whole = get_optimizer_state_dict(model, optimizer, options=options)
-    weights = {name: full(p) for name, p in model.named_parameters()}
-    if rank == 0:  # a full state dict is on the first rank
-        alone = Awkward()
-        alone.load_state_dict(weights)
-        one = Ranger(alone.parameters(), **OPTIONS)
-        set_optimizer_state_dict(alone, one, whole, options=StateDictOptions())
-        train(alone, one, range(4, 10))
-        assert_same_run(alone, one, single, reference, "one rank from two")
-
-    spread = sharded()
-    two = Ranger(spread.parameters(), **OPTIONS)
-    start = Awkward()
-    first = Ranger(start.parameters(), **OPTIONS)
-    train(start, first, range(4))
-    for p, q in zip(spread.parameters(), start.parameters(), strict=True):
-        p.data.copy_(
-            torch.distributed.tensor.distribute_tensor(q.data, p.device_mesh, p.placements)
-        )
-    whole = get_optimizer_state_dict(start, first)
-    set_optimizer_state_dict(spread, two, copy.deepcopy(whole), options=options)
-    train(spread, two, range(4, 10))
-    assert_same_run(spread, two, single, reference, "two ranks from one")
 
 
 def empty_state(rank, folder):
@@ -375,79 +265,6 @@ def clipping_refused(rank, folder):
         assert not optimizer.state
 
 
-def stored(value):
-    """The bits of what is stored, whatever they mean."""
-    return full(value).contiguous().view(-1).view(torch.uint8)
-
-
-def assert_same_storage(model, optimizer, other, its_optimizer, what):
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(stored(p), stored(q)), f"{what}, {name}"
-        mine, its = optimizer.state[p], its_optimizer.state[q]
-        assert mine.keys() == its.keys()
-        for key, value in its.items():
-            assert torch.equal(stored(mine[key]), stored(value)), f"{what}, {key} of {name}"
-
-
-def formats_of_low_precision(rank, folder):
-    """A shard has the whole's random bits; what is stored passes through every collective, and a
-    checkpoint of two ranks goes on on two, and on one."""
-    for rounding, state_dtype in itertools.product(
-        ("exact", "stochastic24", "stochastic"), (torch.float32, torch.bfloat16, "8bit")
-    ):
-        what = f"{rounding}, {state_dtype}"
-        options = OPTIONS | {"weight_rounding": rounding, "state_dtype": state_dtype, "seed": 7}
-        model, single = sharded(Large()), Large()
-        optimizer = Ranger(model.parameters(), **options)
-        reference = Ranger(single.parameters(), **options)
-        for step in range(4):
-            train(model, optimizer, [step])
-            train(single, reference, [step])
-        assert_same_storage(model, optimizer, single, reference, what)
-
-        saved = {"model": model.state_dict(), "state": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(saved, checkpoint_id=f"{folder}-{what}")
-        again = sharded(Large())
-        resumed = Ranger(again.parameters(), **options)
-        loaded = {"model": again.state_dict(), "state": get_optimizer_state_dict(again, resumed)}
-        dcp.load(loaded, checkpoint_id=f"{folder}-{what}")
-        again.load_state_dict(loaded["model"])
-        set_optimizer_state_dict(again, resumed, loaded["state"])
-
-        whole = StateDictOptions(full_state_dict=True)
-        state = get_optimizer_state_dict(model, optimizer, options=whole)
-        weights = {name: full(p) for name, p in model.named_parameters()}
-        train(single, reference, range(4, 8))
-        train(again, resumed, range(4, 8))
-        assert_same_storage(again, resumed, single, reference, f"{what}, resumed")
-        if rank == 0:
-            alone = Large()
-            alone.load_state_dict(weights)
-            one = Ranger(alone.parameters(), **options)
-            set_optimizer_state_dict(alone, one, state, options=StateDictOptions())
-            train(alone, one, range(4, 8))
-            assert_same_storage(alone, one, single, reference, f"{what}, alone")
-        spread = sharded(Large())
-        two = Ranger(spread.parameters(), **options)
-        broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(spread, two, state if rank == 0 else {}, options=broadcast)
-        for p, q in zip(spread.parameters(), model.parameters(), strict=True):
-            for key, value in optimizer.state[q].items():
-                assert torch.equal(stored(two.state[p][key]), stored(value)), f"{what}, {key}"
-
-
-def groups_that_shards_cut(rank, folder):
-    """They are refused before anything is changed."""
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(4100, 3))
-    optimizer = Ranger(sharded(model).parameters(), state_dtype="8bit", **OPTIONS)
-    model.weight.grad = model.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"a scale for 32 elements.*torch\.bfloat16"):
-        optimizer.step()
-    assert not optimizer.state
-    assert (full(model.weight) == 1).all()
-
-
 def tensor_parallel(rank, folder):
     """DTensors that no FSDP gathers need no model. (Before any check that uses FSDP2.)"""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -506,64 +323,29 @@ def moving(rank, folder):
                     param.mul_(2)
 
 
-CHECKS = {
-    check.__name__: check
-    for check in (
-        tensor_parallel,
-        ddp,
-        fsdp2,
-        backward,
-        mixed,
-        clipping,
-        clipping_refused,
-        evaluation,
-        evaluation_refused,
-        resharding,
-        formats_of_low_precision,
-        groups_that_shards_cut,
-        empty_state,
-        loaded_later,
-        zero,
-        moving,
-    )
-}
-
-
-def work(rank, folder, results):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD
-    )
-    for name, check in CHECKS.items():
-        try:
-            check(rank, f"{folder}/{name}")
-            problem = ""
-        except BaseException:  # such as what pytest.raises fails with
-            problem = traceback.format_exc()
-        results.put((name, rank, problem))
-        dist.barrier()
-    dist.destroy_process_group()
-    # Not by way of Python's own end: a thread of gloo that lets go of its last tensor meanwhile
-    # aborts the process.
-    os._exit(0)
+CHECKS = (
+    tensor_parallel,
+    ddp,
+    fsdp2,
+    backward,
+    mixed,
+    clipping,
+    clipping_refused,
+    evaluation,
+    evaluation_refused,
+    empty_state,
+    loaded_later,
+    zero,
+    moving,
+)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """All checks in one pair of processes: starting torch twice takes longer than they do."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    folder = str(tmp_path_factory.mktemp("distributed"))
-    mp.spawn(work, args=(folder, results), nprocs=WORLD)
-    found = {}
-    while not results.empty():
-        name, rank, problem = results.get()
-        found[name, rank] = problem
-    return found
+    return on_ranks(WORLD, CHECKS, tmp_path_factory.mktemp("distributed"))
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_two_ranks_have_the_bits_of_one(outcome, check):
-    for rank in range(WORLD):
-        assert outcome[check, rank] == "", f"rank {rank}:\n{outcome[check, rank]}"
+    assert outcome[check] == ""
