@@ -19,6 +19,8 @@ Build = Callable[[list[Parameter]], Step]
 OURS = "ranger"
 TRITON = "ranger triton"
 ADAMW = "torch AdamW fused"
+LOW, LOWEST = "ranger, bf16 exact", "ranger, bf16 stochastic, 8-bit"
+PURE = "torch AdamW fused, pure bf16"
 OUR_PACKAGE = "ranger_cuda"
 
 # What a float32 step has to move for a parameter: p, m, v read and written, g read; in one of
@@ -64,9 +66,14 @@ def of(module: str, kind: str, **options: Any) -> Build:
     return build
 
 
-def ours(kind: str, backend: str | None = None) -> Build:
+def ours(kind: str, backend: str | None = None, **options: Any) -> Build:
     """With the backend by name: a kernel that is missing is an error, not a slow row."""
-    return lambda params: of("ranger_cuda", kind, backend=backend or params[0].device.type)(params)
+
+    def build(params: list[Parameter]) -> Step:
+        where = backend or params[0].device.type
+        return of("ranger_cuda", kind, backend=where, **options)(params)
+
+    return build
 
 
 def graph(build: Build) -> Build:
@@ -130,7 +137,16 @@ CONTESTANTS = [
     _ranger("ranger triton, CUDA graph", OUR_PACKAGE, graph(TRITON_RANGER), **GRAPH),
     Contestant("torch AdamW fused, CUDA graph", "torch", ADAMW_CAPTURED, **GRAPH),
     Contestant("torch AdamW fused, bf16 moments", "torch", _bfloat16_moments, 20.0, 1, "cuda"),
-    Contestant("torch AdamW fused, pure bf16", "torch", ADAMW_FUSED, 14.0, 1, dtype=torch.bfloat16),
+    Contestant(PURE, "torch", ADAMW_FUSED, 14.0, 1, dtype=torch.bfloat16),
+    Contestant(LOW, OUR_PACKAGE, ours("Ranger"), 26 + 8 / 6, turn=1, dtype=torch.bfloat16),
+    Contestant(
+        LOWEST,
+        OUR_PACKAGE,
+        ours("Ranger", weight_rounding="stochastic", state_dtype="8bit"),
+        10 + 2 / 16 + 4 / 6,
+        turn=1,
+        dtype=torch.bfloat16,
+    ),
     Contestant("torch AdamW foreach", "torch", of("torch.optim", "AdamW", foreach=True), turn=1),
     Contestant("torch RAdam foreach", "torch", of("torch.optim", "RAdam", foreach=True), turn=1),
     Contestant("torch RAdam compiled", "torch", _compiled_radam, turn=2, compiled=True),

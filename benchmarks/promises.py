@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any, NamedTuple
 
-from .contestants import ADAMW, OURS, TRITON
+from .contestants import ADAMW, LOW, LOWEST, OURS, PURE, TRITON
 
 
 class Promise(NamedTuple):
@@ -26,7 +26,10 @@ PROMISES = [
     Promise(False, OURS, "pytorch-optimizer Ranger", ["64 x 1024^2"], 1 / 4),
     Promise(False, OURS, ADAMW, ["1000 x 64^2"], 1 / 2),
     Promise(False, OURS, ADAMW, ["1000 x 1"], 1 / 4.5),
+    Promise(False, LOW, PURE, ["64 x 1024^2"], 1.3),
+    Promise(False, LOWEST, PURE, ["64 x 1024^2"], 1.6),
     Promise(True, OURS, ADAMW, LARGE, 1.0),
+    Promise(True, LOWEST, ADAMW, LARGE, 0.4),
     Promise(True, OURS, ADAMW, ["1000 x 1024"], 0.1),
     Promise(True, OURS, ADAMW, MODELS, 0.9),
     Promise(True, "radam", ADAMW, LARGE, 0.93),
