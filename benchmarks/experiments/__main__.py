@@ -14,7 +14,7 @@ from . import EXPERIMENTS
 _EPILOG = """\
 Each experiment prints a table and leaves NAME.jsonl, a line a finished job, and NAME.png in --out.
 Ctrl-C loses the jobs under way; the same command goes on from the others. All together take about
-an hour on two CPU cores; --quick tries everything in two minutes.
+75 minutes on two CPU cores; --quick tries everything in two minutes.
 """
 
 
