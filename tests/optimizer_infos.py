@@ -222,3 +222,11 @@ def same(a: Any, b: Any) -> bool:
 def bytes_of(tensor: Tensor) -> bytes:
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return dense.view(torch.uint8).numpy().tobytes()
+
+
+def assert_refuses(optimizer, error, message):
+    """The step fails and changes nothing."""
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert same(snapshot(optimizer), before)
