@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import unittest
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -32,6 +33,7 @@ from targets import (
     open_target,
     triton_on_the_cpu,
 )
+from train_runs import TINY, train
 
 # Modules of tests that compile, start processes that import torch, or train.
 SLOW = {
@@ -56,6 +58,7 @@ SLOW = {
     "test_random_operations",
     "test_resharding",
     "test_train_cli",
+    "test_train_resume",
     "test_triton",
     "test_triton_launch",
     "test_triton_memory",
@@ -153,3 +156,10 @@ def elsewhere(request, processes, monkeypatch):
     """Each of them."""
     open_target(request.param, monkeypatch)  # or the test is skipped
     return processes[request.param]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert train(out, *TINY) == 0
+    return out
