@@ -13,9 +13,9 @@ namespace ranger {
 // One element's values between load and store.
 template <typename T>
 struct Element {
-  T p;  // parameter
-  T m;  // exp_avg
-  T v;  // exp_avg_sq
+  T p;            // parameter
+  T m;            // exp_avg
+  T v;            // exp_avg_sq
   T root = T(0);  // of the new v
 };
 
@@ -24,13 +24,13 @@ template <typename T>
 RANGER_HOST_DEVICE Element<T> radam(Element<T> x, T g, const Coefficients<T>& c, bool l2,
                                     bool rectified) {
   g = g * c.grad_scale;
-  if (l2) g = g + c.weight_decay * x.p;                 // L2, not decoupled
-  x.m = c.beta1 * x.m + c.one_minus_beta1 * g;          // line 6: first moment
-  x.v = c.beta2 * x.v + c.one_minus_beta2 * (g * g);    // line 5: second moment
+  if (l2) g = g + c.weight_decay * x.p;               // L2, not decoupled
+  x.m = c.beta1 * x.m + c.one_minus_beta1 * g;        // line 6: first moment
+  x.v = c.beta2 * x.v + c.one_minus_beta2 * (g * g);  // line 5: second moment
   x.root = square_root(x.v);
   T u = x.m;                                  // line 14: un-adapted momentum
   if (rectified) u = x.m / (x.root + c.eps);  // line 12: adaptive
-  x.p = x.p * c.decay - c.step_size * u;                // step_size has r_t and the bias terms
+  x.p = x.p * c.decay - c.step_size * u;      // step_size has r_t and the bias terms
   return x;
 }
 
