@@ -200,7 +200,8 @@ def test_training_goes_on_as_it_would_have_there(name):
 @pytest.mark.parametrize("before", [1, 3, 6, 12])
 def test_a_checkpoint_of_the_first_steps_goes_on(before):
     """Before rectification starts, and at the end of a cycle; moments are debiased by much."""
-    assert goes_on_as(lambda p: RangerOf2019(p), Ranger, before) < BOUND
+    assert goes_on_as(torch_radam, RAdam, before) < BOUND
+    assert goes_on_as(RangerOf2019, Ranger, before) < BOUND
     assert goes_on_as(optimi("Ranger", eps=1e-14), Ranger, before) < BOUND
 
 
@@ -235,7 +236,7 @@ def test_lessw2020_s_ranger_is_ours_with_a_threshold_of_5():
         return lambda p: Ranger(p, lr=0.01, weight_decay=0.1, rho_threshold=threshold)
 
     assert from_the_start(theirs, ours(5.0), 200) < BOUND
-    assert 1e-4 < from_the_start(theirs, ours(4.0), 200) < 1e-2
+    assert 1e-3 < from_the_start(theirs, ours(4.0), 200) < 0.1
 
 
 def test_pytorch_optimizer_s_first_steps_go_up():
