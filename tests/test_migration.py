@@ -184,10 +184,6 @@ AGREEING = {
         lambda p: Lookahead(torch_adamw(p)),
     ),
     "timm Lookahead(torch RAdam)": lambda: (timm_lookahead(torch_radam, k=4), Ranger),
-    "timm Lookahead(torch RAdam) in Lookahead": lambda: (
-        timm_lookahead(torch_radam, k=4),
-        lookahead_radam,
-    ),
 }
 
 
