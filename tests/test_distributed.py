@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import assert_same_bits
-from ranger_cuda import RAdam, Ranger
+from ranger_cuda import RAdam, Ranger, convert_checkpoint, load_distributed_checkpoint
 from ranger_cuda.state import tensors
 from ranger_cuda.step import native
 from ranks import (
@@ -186,6 +187,37 @@ def loaded_later(rank, folder):
         assert_same_run(model, optimizer, single, reference, "loaded in mid-run")
 
 
+def from_adamw(rank, folder):
+    """AdamW's checkpoint of two ranks loads into sharded optimizers before the weights or after
+    them, and goes on as on one rank."""
+    trained = sharded()
+    adamw = torch.optim.AdamW(trained.parameters(), lr=0.01, foreach=False)
+    train(trained, adamw, range(4))
+    weights, state = trained.state_dict(), get_optimizer_state_dict(trained, adamw)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    whole = get_optimizer_state_dict(
+        trained, adamw, options=StateDictOptions(full_state_dict=True, cpu_offload=False)
+    )
+    for build, is_first in itertools.product(BUILDS[:3], (False, True)):
+        model, single = sharded(), Awkward()
+        optimizer, reference = build(model.parameters()), build(single.parameters())
+        with torch.no_grad():
+            for p, q in zip(single.parameters(), trained.parameters(), strict=True):
+                p.copy_(full(q))
+            for p in model.parameters():
+                p.mul_(-3)  # a start that must not shine through
+        if is_first:
+            model.load_state_dict(weights)
+        load_distributed_checkpoint(model, optimizer, folder)
+        if not is_first:
+            model.load_state_dict(weights)
+        set_optimizer_state_dict(single, reference, convert_checkpoint(whole, reference))
+        for step in range(4, 12):
+            train(model, optimizer, [step])
+            train(single, reference, [step])
+            assert_same_run(model, optimizer, single, reference, f"{is_first=}, step {step}")
+
+
 def evaluation(rank, folder):
     """FSDP2 keeps gathered weights after a forward pass: none of them is of before an evaluation on
     the slow weights within it, and none of within it afterwards."""
@@ -335,6 +367,7 @@ CHECKS = (
     evaluation_refused,
     empty_state,
     loaded_later,
+    from_adamw,
     zero,
     moving,
 )

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from ranger_cuda import RAdam, Ranger
+from ranger_cuda import RAdam, Ranger, load_distributed_checkpoint
 from ranks import (
     OPTIONS,
     WORLD,
@@ -300,6 +300,22 @@ def formats_of_low_precision(rank, folder):
                 assert torch.equal(stored(two.state[p][key]), stored(value)), f"{what}, {key}"
 
 
+def our_own(rank, folder):
+    """load_distributed_checkpoint() takes ours, too, where moments of 8 bits have shards of two
+    kinds."""
+    options = OPTIONS | {"state_dtype": "8bit"}
+    model, again = sharded(Large()), sharded(Large())
+    optimizer = Ranger(model.parameters(), **options)
+    train(model, optimizer, range(4))
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder)
+    again.load_state_dict(model.state_dict())
+    resumed = Ranger(again.parameters(), **options)
+    load_distributed_checkpoint(again, resumed, folder)
+    train(model, optimizer, range(4, 8))
+    train(again, resumed, range(4, 8))
+    assert_same_storage(again, resumed, model, optimizer, "ours")
+
+
 def groups_that_shards_cut(rank, folder):
     """They are refused before anything is changed."""
     model = nn.Module()
@@ -314,12 +330,12 @@ def groups_that_shards_cut(rank, folder):
 
 @pytest.fixture(scope="module")
 def on_two(folder):
-    checks = (resharding, formats_of_low_precision, groups_that_shards_cut)
+    checks = (resharding, formats_of_low_precision, our_own, groups_that_shards_cut)
     return on_ranks(WORLD, checks, folder)
 
 
 @pytest.mark.parametrize(
-    "check", ["resharding", "formats_of_low_precision", "groups_that_shards_cut"]
+    "check", ["resharding", "formats_of_low_precision", "our_own", "groups_that_shards_cut"]
 )
 def test_two_ranks_and_one_read_each_others_state(on_two, check):
     assert on_two[check] == ""
