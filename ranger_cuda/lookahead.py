@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backends import support
-from .state import checkpoint, hyperparameters
+from .state import checkpoint, eval_mode, hyperparameters
 from .state.checkpoint import is_step_tensor, step_tensor
 from .state.hyperparameters import Hyperparameters
 from .state.new_state import new_slow_weight
@@ -45,6 +45,8 @@ class Lookahead(SlowWeights, Optimizer):
         alpha: the interpolation factor, in [0, 1].
         backend: of the interpolation: "cuda", "triton", "cpu", "reference", or None: the fastest
             that serves a parameter's device and dtype here.
+        eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
+            weights into the parameters and take them out again. Without it they do nothing.
 
     A parameter group may set ``lookahead_k`` and ``lookahead_alpha`` for itself (``alpha`` alone
     is a hyperparameter of other optimizers).
@@ -80,6 +82,7 @@ class Lookahead(SlowWeights, Optimizer):
         alpha: float = 0.5,
         *,
         backend: support.BackendName | None = None,
+        eval_with_slow_weights: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -97,13 +100,24 @@ class Lookahead(SlowWeights, Optimizer):
             )
         support.check_backend(backend)
         hyperparameters.check_lookahead(k, alpha)
+        hyperparameters.check_choice(
+            "eval_with_slow_weights", eval_with_slow_weights, (True, False)
+        )
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.__setstate__(
-            {"optimizer": optimizer, "_options": {"k": k, "alpha": alpha, "backend": backend}}
+            {
+                "optimizer": optimizer,
+                "_options": {
+                    "k": k,
+                    "alpha": alpha,
+                    "backend": backend,
+                    "eval_with_slow_weights": eval_with_slow_weights,
+                },
+            }
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_ready("copying or pickling")
+        self._check_ready("copying or pickling", in_eval_mode=True)
         unmoved = self._dispatcher.unmoved
         return {"optimizer": self.optimizer, "_options": self._options, "_unmoved": unmoved}
 
@@ -120,6 +134,7 @@ class Lookahead(SlowWeights, Optimizer):
             group.setdefault("lookahead_k", self._options["k"])
             group.setdefault("lookahead_alpha", self._options["alpha"])
             hyperparameters.check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
+        eval_mode.mark(self.param_groups, self._options)
 
     # --- the inner optimizer's, under this one's name -------------------------------------------
 
@@ -300,7 +315,7 @@ class Lookahead(SlowWeights, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's ``state_dict()``, with the slow weights among the state."""
-        self._check_ready("state_dict()")
+        self._check_ready("state_dict()", in_eval_mode=True)
         self._dispatcher.reset_slow_weights(self.param_groups, self.state, only_unmoved=True)
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -340,7 +355,7 @@ class Lookahead(SlowWeights, Optimizer):
             RuntimeError: the memory of a state was given back, or a step is under way. Whatever is
                 raised, by the inner optimizer too, nothing has been changed.
         """
-        self._check_ready("load_state_dict()")
+        self._check_ready("load_state_dict()", in_eval_mode=True)
         checkpoint.check_kind(state_dict, dict, "it")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -358,10 +373,13 @@ class Lookahead(SlowWeights, Optimizer):
         groups = []
         saved_groups = zip(self.param_groups, state_dict["param_groups"], strict=True)
         for i, (group, saved) in enumerate(saved_groups):
-            known = {key: value for key, value in group.items() if key != "param_names"}
+            stale = ("param_names", eval_mode.KEY)
+            known = {key: value for key, value in group.items() if key not in stale}
             with checkpoint.naming(i):
                 groups.append({**known, **hyperparameters.with_whole_period(saved)})
                 self._check_group(groups[-1])
+        eval_mode.check_saved(state_dict, params, self._options)
+        modes = [group.pop(eval_mode.KEY, False) for group in groups]  # not the inner optimizer's
         inner, ours = checkpoint.split_state(state_dict["state"], params, strict)
         restored = {}
         for i, group in enumerate(groups):
@@ -380,6 +398,9 @@ class Lookahead(SlowWeights, Optimizer):
             for param, values in restored.items():
                 self.state.setdefault(param, {}).update(values)
             self._complete_groups()
+            if eval_mode.has_opted_in(self._options):
+                for group, mode in zip(self.param_groups, modes, strict=True):
+                    group[eval_mode.KEY] = mode
         except BaseException:
             # Optimizers of torch notice some of what is wrong when half of it is theirs already.
             self.optimizer.__dict__ = before

@@ -74,6 +74,8 @@ class Ranger(SlowWeights, FusedOptimizer):
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
+        eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
+            weights into the parameters and take them out again. Without it they do nothing.
         foreach: taken so that existing calls go on to work; it changes nothing.
         fused: the same; every step here is fused.
         capturable: the same; every step on a GPU can be captured in a CUDA graph.
@@ -130,6 +132,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
         amp_scaling: bool = False,
+        eval_with_slow_weights: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -156,4 +159,5 @@ class Ranger(SlowWeights, FusedOptimizer):
             state_dtype=state_dtype,
             amp_scaling=amp_scaling,
             differentiable=differentiable,
+            eval_with_slow_weights=eval_with_slow_weights,
         )

@@ -281,6 +281,40 @@ def evaluation_refused(rank, folder):
         optimizer.step()
 
 
+def eval_mode(rank, folder):
+    """eval() and train() free what FSDP2 gathered, too, and a checkpoint of eval mode, whose fast
+    weights torch.distributed.checkpoint would leave out, is refused."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        return model, Ranger(model.parameters(), eval_with_slow_weights=True, **OPTIONS)
+
+    (model, optimizer), (other, loaded) = make(), make()
+    inputs = torch.ones(2, 6)
+    for _ in range(4):
+        model(inputs).sum().backward()
+        optimizer.step()
+    before = model(inputs)
+    with pytest.raises(RuntimeError, match=r"give it the model: optimizer.eval\(model\)"):
+        optimizer.eval()
+    with optimizer.slow_weights(model):
+        expected = model(inputs)
+    assert not torch.equal(before, expected)
+    optimizer.eval(model)
+    assert torch.equal(model(inputs), expected)
+    model.reshard()
+    dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
+    optimizer.train(model)
+    assert torch.equal(model(inputs), before)
+    state = get_optimizer_state_dict(other, loaded)
+    dcp.load(state, checkpoint_id=folder)
+    with pytest.raises(ValueError, match=r"call optimizer.train\(\) before saving"):
+        set_optimizer_state_dict(other, loaded, state)
+
+
 def clipping_refused(rank, folder):
     """The norm of one rank's part of a flat parameter is no norm to clip by."""
     for use_orig_params in (False, True):
@@ -365,6 +399,7 @@ CHECKS = (
     clipping_refused,
     evaluation,
     evaluation_refused,
+    eval_mode,
     empty_state,
     loaded_later,
     from_adamw,

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from . import formats, hyperparameters
+from . import eval_mode, formats, hyperparameters
 from .codecs import Codec
 from .formats import Format
 from .new_state import new_part
 from .tensors import DTensor, check_allocated, is_count, local, plain, shown
 
 COUNTS = ("step", "lookahead_step")
-LOOKAHEAD = ("slow_param", "slow_residual", "lookahead_step")
+LOOKAHEAD = ("slow_param", "slow_residual", "lookahead_step", eval_mode.FAST)
 # Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
 FOREIGN_KEYS = ("amsgrad", "momentum_decay", "N_sma_threshhold")
 
@@ -50,6 +50,7 @@ def shield_state(
         RuntimeError: a state has no memory. Nothing has been changed in either case.
     """
     params = parameters(state_dict, optimizer.param_groups)
+    eval_mode.check_saved(state_dict, params, getattr(optimizer, "_options", {}))
     lookahead = "slow_param" in names
     foreign = []
     groups = []
@@ -80,7 +81,7 @@ def shield_state(
                 f"loaded state dict: the state of parameter {key} has {list(value)} but no "
                 f"{lacking[0]!r}; load a checkpoint of Ranger, RAdam, Adam or AdamW"
             )
-        known = {"step", *formats.known_parts(params[key].dtype, names)}
+        known = {"step", eval_mode.FAST, *formats.known_parts(params[key].dtype, names)}
         for rest in ("exp_avg_scale", "exp_avg_sq_scale"):
             stream = value.get(rest.removesuffix("_scale"))
             if isinstance(stream, Tensor) and stream.dtype == torch.uint8 and rest not in value:
@@ -249,14 +250,15 @@ def check_value(name: str, value: Any, param: Tensor, key: Any) -> None:
             )
         return
     shape = tuple(value.shape) if isinstance(value, Tensor) else f"none: it is {shown(value)}"
-    wanted = formats.PARTS[name].shape_for(param.shape)
+    part = "slow_param" if name == eval_mode.FAST else name  # a parameter's value as well
+    wanted = formats.PARTS[part].shape_for(param.shape)
     if shape != wanted:
         raise ValueError(
             f"{what} has shape {shape}, but the parameter has shape {tuple(param.shape)}"
             + ("" if wanted == tuple(param.shape) else f", so that it should have {wanted}")
         )
-    dtypes = formats.dtypes_of(name)
-    is_bits = name not in formats.STREAMS or value.dtype in (torch.uint8, torch.int8)
+    dtypes = formats.dtypes_of(part)
+    is_bits = part not in formats.STREAMS or value.dtype in (torch.uint8, torch.int8)
     if is_bits and value.dtype not in dtypes:
         raise ValueError(
             f"{what} is {value.dtype}, but it is the bits of a "
@@ -293,6 +295,8 @@ def restore_state(param: Tensor, saved: dict[str, Any], format: Format) -> dict[
         for name, value in saved.items():
             if name in COUNTS:
                 state[name] = step_tensor(value)
+            elif name == eval_mode.FAST:
+                state[name] = value.detach().to(param.device, copy=True)
             elif name not in formats.PARTS:
                 state[name] = copy.deepcopy(value)
         for part in format.param.rest:

@@ -35,7 +35,7 @@ from ..state.tensors import (
 from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
 from .interrupts import Deferred
 from .native import Groups, Native, State, StepInputs
-from .swaps import pairs_of, swapped
+from .swaps import Pairs, pairs_of, swapped
 
 NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
@@ -399,12 +399,16 @@ class Dispatcher:
             format = self._algorithm.format_of(param, param_groups[group])
             take_snapshot(format, param, state[param])
 
+    def slow_pairs(self, param_groups: Groups, state: State) -> Pairs:
+        """Parameters and slow weights that can be used, where there are any."""
+        return pairs_of(self._algorithm, param_groups, state)
+
     def swapped(self, param_groups: Groups, state: State) -> AbstractContextManager[None]:
         """Within the context parameters and slow weights, where there are any, change places.
 
         Interrupts are the caller's to defer.
         """
-        pairs = pairs_of(self._algorithm, param_groups, state)
+        pairs = self.slow_pairs(param_groups, state)
         for param in self.unmoved & pairs.keys():  # which are their slow weights
             del pairs[param]
         return swapped(self._new_native(), pairs)

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..backends import support
 from ..backends.scaling import Scaling
-from ..state import formats, hyperparameters
+from ..state import eval_mode, formats, hyperparameters
 from ..state.checkpoint import (
     Shielded,
     check_kind,
@@ -44,6 +44,7 @@ class FusedOptimizer(Optimizer):
             hyperparameter, and a checkpoint's groups hold plain values only.
         amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its overflow flag to the step.
         differentiable: refused if true.
+        eval_with_slow_weights: whether ``eval()`` and ``train()`` do anything.
     """
 
     _algorithm: Algorithm
@@ -61,9 +62,13 @@ class FusedOptimizer(Optimizer):
         state_dtype: formats.StateDType,
         amp_scaling: bool,
         differentiable: bool,
+        eval_with_slow_weights: bool = False,
     ) -> None:
         support.check_backend(backend)
         hyperparameters.check_choice("state_dtype", state_dtype, formats.STATE_DTYPES)
+        hyperparameters.check_choice(
+            "eval_with_slow_weights", eval_with_slow_weights, (True, False)
+        )
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the fused step writes in place, outside "
@@ -73,6 +78,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "amp_scaling": amp_scaling,
             "state_dtype": state_dtype,
+            "eval_with_slow_weights": eval_with_slow_weights,
         }
         self._check_group(defaults)  # a group may override a value that is wrong
         self._prepare()
@@ -156,8 +162,12 @@ class FusedOptimizer(Optimizer):
         if self._has_lookahead:
             hyperparameters.rename_lookahead(group)
 
-    def _check_ready(self, call: str) -> None:
-        """Raise if ``call`` may not be made now."""
+    def _check_ready(self, call: str, *, in_eval_mode: bool = False) -> None:
+        """Raise if ``call`` may not be made now.
+
+        Args:
+            in_eval_mode: whether it may be made between ``eval()`` and ``train()``.
+        """
 
     def _new_state(
         self,
@@ -187,8 +197,9 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             ValueError: it is no parameter of this optimizer, or has no state yet.
-            RuntimeError: its state does not fit it.
+            RuntimeError: its state does not fit it, or the slow weights are in its place.
         """
+        self._check_ready("decoded_state()")
         for member, group, name in members(self.param_groups):
             if member is not param:
                 continue
@@ -213,10 +224,11 @@ class FusedOptimizer(Optimizer):
             self._rename(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        eval_mode.mark(self.param_groups, self._options)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a dict, in ``torch.optim``'s format."""
-        self._check_ready("state_dict()")
+        self._check_ready("state_dict()", in_eval_mode=True)
         self._dispatcher.reset_slow_weights(self.param_groups, self.state, only_unmoved=True)
         return super().state_dict()
 
@@ -240,7 +252,7 @@ class FusedOptimizer(Optimizer):
             RuntimeError: the memory of a state was given back. Nothing has been changed in either
                 case.
         """
-        self._check_ready("load_state_dict()")
+        self._check_ready("load_state_dict()", in_eval_mode=True)
         check_kind(state_dict, dict, "it")
         names = tuple(filter(None, self._algorithm.streams))
         # Registered last, so that it sees what the user's hooks made of the checkpoint.
@@ -258,7 +270,7 @@ class FusedOptimizer(Optimizer):
             shield.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_ready("copying or pickling")
+        self._check_ready("copying or pickling", in_eval_mode=True)
         kept = {"_options": self._options, "_unmoved": self._dispatcher.unmoved}
         return {**super().__getstate__(), **kept}
 
@@ -280,3 +292,4 @@ class FusedOptimizer(Optimizer):
             known = {**self.defaults, **(before[i] if i < len(before) else {})}
             for name in self.defaults:
                 group.setdefault(name, known[name])
+        eval_mode.mark(self.param_groups, self._options)

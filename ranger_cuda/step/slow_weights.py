@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from ..state import eval_mode
 from ..state.tensors import DTensor, FSDPModule, is_fsdp1_s
 from .algorithms import members
 from .dispatch import Dispatcher
 from .interrupts import Deferred, insist
+from .swaps import put_back, set_aside
 
 
 class SlowWeights:
@@ -20,6 +22,7 @@ class SlowWeights:
     param_groups: list[dict[str, Any]]
     state: Any
     _dispatcher: Dispatcher
+    _options: dict[str, Any]
     _slow_weights_are_in = False
 
     def slow_weights(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
@@ -70,11 +73,76 @@ class SlowWeights:
         with self._dispatcher.alone(), Deferred():
             self._dispatcher.reset_slow_weights(self.param_groups, self.state)
 
-    def _check_ready(self, call: str) -> None:
+    def eval(self, model: torch.nn.Module | None = None) -> None:
+        """Let every parameter hold its slow weight, until :meth:`train`.
+
+        It is what :meth:`slow_weights` does, for trainers that call ``optimizer.eval()`` before
+        evaluation and ``optimizer.train()`` before training, as they do for schedule-free
+        optimizers (Defazio et al., arXiv:2405.15682): Hugging Face's Trainer, for one. It does
+        nothing unless the optimizer was made with ``eval_with_slow_weights=True``, nor a second
+        time. A parameter that has no slow weight yet stays as it is.
+
+        The parameters' own values are in the state meanwhile (``fast_param``, a parameter's bytes
+        more). ``state_dict``, ``load_state_dict``, copying and pickling work as ever: a checkpoint
+        of now, and a model saved now, resume with the same bits as those of train mode, in an
+        optimizer that is in eval mode and has to be taken out of it. (With
+        ``torch.distributed.checkpoint``, save in train mode; a checkpoint of eval mode is refused.)
+        What is written to a parameter in eval mode does not last. Loading a checkpoint of train
+        mode ends eval mode, and leaves the parameters to who loads the model.
+
+        Args:
+            model: is not needed unless parameters are sharded by FSDP2.
+
+        Raises:
+            RuntimeError: inside ``with optimizer.slow_weights()``, or as that says of sharded
+                parameters. Nothing has been changed then.
+        """
+        self._set_eval_mode(True, model)
+
+    def train(self, model: torch.nn.Module | None = None) -> None:
+        """Give every parameter back what it was before :meth:`eval`, bit for bit.
+
+        Does nothing in train mode.
+
+        Args:
+            model: is not needed unless parameters are sharded by FSDP2.
+
+        Raises:
+            RuntimeError: as :meth:`eval` does.
+        """
+        self._set_eval_mode(False, model)
+
+    def _set_eval_mode(self, on: bool, model: torch.nn.Module | None) -> None:
+        groups = self.param_groups
+        call = "eval()" if on else "train()"
+        if not eval_mode.has_opted_in(self._options):
+            return
+        self._check_ready(call, in_eval_mode=True)
+        if eval_mode.is_on(groups, self._options) == on:
+            return
+        dispatcher = self._dispatcher
+        with dispatcher.alone(), Deferred():
+            _reshard(model)
+            _check_shards(groups, model, call)
+            if on:
+                dispatcher.reset_slow_weights(groups, self.state, only_unmoved=True)
+                set_aside(dispatcher.slow_pairs(groups, self.state), self.state)
+            else:
+                put_back([param for param, _, _ in members(groups)], self.state)
+            for group in groups:
+                group[eval_mode.KEY] = on
+            _reshard(model)
+
+    def _check_ready(self, call: str, *, in_eval_mode: bool = False) -> None:
         if self._slow_weights_are_in:
             raise RuntimeError(
                 f"{call} inside `with optimizer.slow_weights()`: the parameters hold their slow "
                 "weights now; leave the context first"
+            )
+        if not in_eval_mode and eval_mode.is_on(self.param_groups, self._options):
+            raise RuntimeError(
+                f"{call} in eval mode: the parameters hold their slow weights now; call "
+                "optimizer.train() first"
             )
 
 
@@ -114,8 +182,8 @@ class _Evaluation(ContextDecorator, AbstractContextManager[None]):
         lock = optimizer._dispatcher.alone()
         lock.acquire()
         self._lock = lock
-        self._reshard()
-        self._check_shards()
+        _reshard(self._model)
+        _check_shards(optimizer.param_groups, self._model, "slow_weights()")
         swap = optimizer._dispatcher.swapped(optimizer.param_groups, optimizer.state)
         swap.__enter__()
         self._swap = swap
@@ -130,34 +198,35 @@ class _Evaluation(ContextDecorator, AbstractContextManager[None]):
                     self._swap.__exit__(None, None, None)
             finally:
                 try:
-                    self._reshard()
+                    _reshard(self._model)
                 finally:
                     if self._lock is not None:
                         self._lock.release()
 
-    def _reshard(self) -> None:
-        """Free what FSDP2 has gathered, which is of the weights before a swap."""
-        for module in () if self._model is None else self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
-    def _check_shards(self) -> None:
-        held = set() if self._model is None else set(self._model.parameters())
-        is_fsdp2_used = bool(FSDPModule.__subclasses__())  # one for each class of sharded modules
-        for param, _, name in members(self._optimizer.param_groups):
-            if is_fsdp1_s(param):
-                raise RuntimeError(
-                    f"slow_weights(): {name} is FullyShardedDataParallel's, which may hold weights "
-                    "that it gathered before; shard with torch.distributed.fsdp.fully_shard to "
-                    "evaluate on slow weights"
+def _reshard(model: torch.nn.Module | None) -> None:
+    """Free what FSDP2 has gathered, which is of the weights before a swap."""
+    for module in () if model is None else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _check_shards(groups: list[dict[str, Any]], model: torch.nn.Module | None, call: str) -> None:
+    held = set() if model is None else set(model.parameters())
+    is_fsdp2_used = bool(FSDPModule.__subclasses__())  # one for each class of sharded modules
+    for param, _, name in members(groups):
+        if is_fsdp1_s(param):
+            raise RuntimeError(
+                f"{call}: {name} is FullyShardedDataParallel's, which may hold weights "
+                "that it gathered before; shard with torch.distributed.fsdp.fully_shard to "
+                "evaluate on slow weights"
+            )
+        if is_fsdp2_used and isinstance(param, DTensor) and param not in held:
+            raise RuntimeError(
+                f"{call}: {name} is a DTensor, and FSDP2 may hold weights that it gathered before; "
+                + (
+                    f"give it the model: optimizer.{call[:-1]}model)"
+                    if model is None
+                    else "it is not a parameter of the model that was given: give the whole one"
                 )
-            if is_fsdp2_used and isinstance(param, DTensor) and param not in held:
-                raise RuntimeError(
-                    f"slow_weights(): {name} is a DTensor, and FSDP2 may hold weights that it "
-                    "gathered before; "
-                    + (
-                        "give it the model: optimizer.slow_weights(model)"
-                        if self._model is None
-                        else "it is not a parameter of the model that was given: give the whole one"
-                    )
-                )
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..state import formats
+from ..state import eval_mode, formats
 from ..state.tensors import check_param, check_state, plain
 from .algorithms import Algorithm, members
 from .native import Groups, Native, State
@@ -56,6 +56,32 @@ def swapped(native: Native | None, pairs: Pairs) -> Iterator[None]:
         undo.callback(_swap_back, native, alike)
         undo.enter_context(reference.swapped(others))
         yield
+
+
+@torch.no_grad()
+def set_aside(pairs: Pairs, state: State) -> None:
+    """Each parameter becomes its slow weight, and its own value a part of its state: all of them,
+    or none."""
+    with torch.inference_mode(False):  # state made in it could not be written outside
+        fast = {param: param.detach().clone() for param in pairs}
+    for param, value in fast.items():
+        state[param][eval_mode.FAST] = value
+    try:
+        for p, slow in pairs.values():
+            p.copy_(slow)
+    except BaseException:
+        put_back(pairs, state)
+        raise
+
+
+@torch.no_grad()
+def put_back(params: Iterable[Tensor], state: State) -> None:
+    """What :func:`set_aside` took, in whatever memory and dtype the parameter has by now."""
+    for param in params:
+        if eval_mode.FAST in state.get(param, {}):
+            plain(param).copy_(plain(state[param][eval_mode.FAST]))
+    for param in params:  # only now: a second call then finds all of it
+        state.get(param, {}).pop(eval_mode.FAST, None)
 
 
 def _swaps(native: Native | None, pairs: list[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:
