@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backends import support
 from .state import checkpoint, eval_mode, hyperparameters
-from .state.checkpoint import is_step_tensor, step_tensor
-from .state.hyperparameters import Hyperparameters
-from .state.new_state import new_slow_weight
-from .state.tensors import check_param, is_capturing, local
-from .step.algorithms import LOOKAHEAD, is_at_rest, members
+from .step import cycle
+from .step.algorithms import LOOKAHEAD
+from .step.cycle import Cycle
 from .step.dispatch import Dispatcher
 from .step.inner_step import InnerStep
 from .step.interrupts import Deferred
@@ -220,96 +216,25 @@ class Lookahead(SlowWeights, Optimizer):
                 closure = deferred.interruptible(closure)
             its = InnerStep(self.optimizer, () if closure is None else (closure,))
             its.run_pre_hooks()  # which may make gradients, or drop them
-            cycle = self._begin(its.has_closure)
+            begun = self._begin(its.has_closure)
             result = its.run()
             try:
                 its.run_post_hooks()
             finally:  # whatever they raise, the step was one of the cycle
-                self._pull(cycle)
+                self._pull(begun)
         return result
 
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
     @torch.compiler.disable
     def _begin(self, any_may_move: bool) -> Cycle:
-        """What the inner step may move, with the slow weights of those that have none. Raises what
-        would keep the pull from being made.
-
-        Args:
-            any_may_move: the inner step calls a closure, which makes the gradients.
-        """
         self._complete_groups()
-        groups = [{**group, "params": [*group["params"]]} for group in self.param_groups]
-        hypers = [interpolation(group) for group in groups]
-        found = list(members(groups))
-        may_move = [
-            param.grad is not None or (any_may_move and param.requires_grad)
-            for param, _, _ in found
-        ]
-        unmoved = self._dispatcher.unmoved
-        lacking = [
-            (param, group, name)
-            for (param, group, name), moves in zip(found, may_move, strict=True)
-            if moves and ("slow_param" not in self.state.get(param, {}) or param in unmoved)
-        ]
-        if lacking and is_capturing():
-            raise RuntimeError(
-                "slow weights made in a capture would be made anew at every replay of the CUDA "
-                "graph: take a step with lr above 0 before the capture"
-            )
-        for param, _, name in lacking:
-            check_param(param, name)
-            support.choose(self._options["backend"], local(param), name)
-        with torch.inference_mode(False):  # what is made in it could not be written outside
-            first = {
-                param: new_slow_weight(
-                    LOOKAHEAD.format_of(param, groups[group]), param, self.state.get(param, {})
-                )
-                for param, group, _ in lacking
-            }
-        state = self.state
-        if first:  # as if they were there
-            state = {param: {**state.get(param, {})} for param, _, _ in found}
-            for param, slow in first.items():
-                state[param].update(slow)
-        dispatcher = self._dispatcher
-        try:
-            # What does not fit, or cannot be had, raises before the inner optimizer's step.
-            dispatcher.collect(groups, state, self._new_state, may_move)
-            if first:
-                dispatcher.rehearse()
-        finally:
-            dispatcher.release()
-        return Cycle(groups, hypers, may_move, any_may_move, first)
+        return cycle.begin(
+            self._dispatcher, self._options["backend"], self.param_groups, self.state, any_may_move
+        )
 
     @torch.compiler.disable
-    def _pull(self, cycle: Cycle) -> None:
-        """Count a step of the parameters that moved, and interpolate where a cycle ends."""
-        moved = cycle.may_move
-        if cycle.any_may_move:
-            moved = [
-                may_move and param.grad is not None
-                for (param, _, _), may_move in zip(members(cycle.groups), moved, strict=True)
-            ]
-        unmoved = self._dispatcher.unmoved
-        for (param, group, _), moves in zip(members(cycle.groups), moved, strict=True):
-            if moves and param in cycle.first:
-                # Not before: an empty state is how optimizers know a parameter's first step.
-                self.state[param].update(cycle.first[param])
-                if is_at_rest(cycle.groups[group]):
-                    unmoved.add(param)
-                else:
-                    unmoved.discard(param)
-        self._dispatcher.step(cycle.groups, self.state, self._new_state, cycle.hypers, moved=moved)
-
-    @staticmethod
-    def _new_state(
-        param: Tensor, group: dict[str, Any], state: dict[str, Any], step_device: torch.device
-    ) -> dict[str, Any]:
-        """The step count of a parameter, where ``state`` has none."""
-        count = state.get("lookahead_step", 0.0)
-        if is_step_tensor(count, step_device):
-            return {}
-        return {"lookahead_step": step_tensor(count, step_device)}
+    def _pull(self, begun: Cycle) -> None:
+        cycle.pull(self._dispatcher, self.state, begun)
 
     # --- checkpoints ------------------------------------------------------------------------
 
@@ -420,35 +345,7 @@ class Lookahead(SlowWeights, Optimizer):
                 self.state[key] = tree_map_only(Tensor, own, value)
 
 
-class Cycle(NamedTuple):
-    """What the pull after an inner step goes by, as it was found before it."""
-
-    groups: list[dict[str, Any]]  # what joins them meanwhile moves from the next step on
-    hypers: list[Hyperparameters]
-    may_move: list[bool]  # for each parameter
-    any_may_move: bool  # those that get a gradient meanwhile
-    first: dict[Tensor, dict[str, Tensor]]  # the slow weights of parameters that have none
-
-
 def _zero_redundancy_optimizer() -> Any:
     """The class, or () where nobody can have an instance of it."""
     module = sys.modules.get("torch.distributed.optim")
     return getattr(module, "ZeroRedundancyOptimizer", ())
-
-
-def interpolation(group: dict[str, Any]) -> Hyperparameters:
-    """A group's Lookahead, as the rule takes it; what RAdam alone reads is neutral."""
-    return Hyperparameters(
-        lr=0.0,
-        beta1=0.0,
-        beta2=0.0,
-        eps=1.0,
-        weight_decay=0.0,
-        rho_threshold=4.0,
-        alpha=float(group["lookahead_alpha"]),
-        k=operator.index(group["lookahead_k"]),
-        max_grad_norm=math.inf,
-        decoupled_weight_decay=False,
-        maximize=False,
-        seed=group.get("seed", 0),
-    )

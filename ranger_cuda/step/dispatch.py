@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,128 +22,15 @@ from ..backends.schedule import grad_scale
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import take_snapshot
 from ..state.tensors import (
-    check_allocated,
     check_param,
-    check_state,
-    first_of,
     is_capturing,
-    is_count,
     local,
-    on_accelerator,
-    plain_grad,
 )
-from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
+from .algorithms import LOOKAHEAD, Algorithm, Member, members
 from .interrupts import Deferred
 from .native import Groups, Native, State, StepInputs
+from .python_step import ON_HOST, NewState, PythonStep
 from .swaps import Pairs, pairs_of, swapped
-
-NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
-ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
-
-
-class _Step:
-    """What moves in one step, as far as Python deals with it."""
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        param_groups: Groups,
-        state: State,
-        moved: list[bool] | None,
-        unmoved: set[Tensor],
-    ) -> None:
-        self.algorithm = algorithm
-        self.param_groups = param_groups
-        self.state = state
-        self.moved = moved
-        self.unmoved = unmoved  # whose slow weights are made anew
-        self.at_rest: set[Tensor] = set()  # who have them now, and still do not move
-        self.missing: dict[Tensor, dict[str, Any]] = {}
-        self.backends: dict[int, str] = {}  # by position, as what follows
-        self.gradients: dict[int, Tensor] = {}
-        self._before: dict[Tensor, dict[str, Any] | None] = {}
-
-    def movers(self) -> list[int]:
-        """The positions of all that move; a parameter that a group names twice moves once."""
-        seen: set[Tensor] = set()
-        found = []
-        for position, (param, _, _) in enumerate(members(self.param_groups)):
-            moves = param.grad is not None if self.moved is None else self.moved[position]
-            if moves and param not in seen:
-                found.append(position)
-            seen.add(param)
-        return found
-
-    def to_make_anew(self) -> list[int]:
-        """The positions of movers whose slow weights are still to be made anew."""
-        found = list(members(self.param_groups))
-        left = self.unmoved - self.missing.keys()
-        return [position for position in self.movers() if found[position].param in left]
-
-    def check(
-        self, position: int, member: Member, requested: str | None, new_state: NewState
-    ) -> None:
-        """Check a parameter that Python deals with, and make what its state lacks."""
-        param, group, name = member
-        where = local(param)
-        backend = self.backends[position] = support.choose(requested, where, name)
-        if self.moved is None:
-            self.gradients[position] = plain_grad(param, name)
-        step_device = torch.device("cpu") if backend in ON_HOST else where.device
-        known = dict(self.state.get(param, {}))
-        if param in self.unmoved:
-            for part in ("slow_param", "slow_residual"):
-                known.pop(part, None)
-        format = self.algorithm.format_for(
-            param, self.param_groups[group], self.state.get(param, {})
-        )
-        for key in (self.algorithm.step_name, *(part.name for part in format.param.rest)):
-            check_allocated(known.get(key), f"state {key!r} of {name}")
-        # Before it moves: on a device nobody looks at it.
-        count = known.get(self.algorithm.step_name, 0)
-        if not on_accelerator(count) and not is_count(count):
-            raise RuntimeError(
-                f"state {self.algorithm.step_name!r} of {name} is {count}, but it counts steps: a "
-                "whole number, at least 0"
-            )
-        with torch.inference_mode(False):  # state made in it could not be written outside
-            missing = new_state(param, self.param_groups[group], known, step_device)
-        if missing and where.device.type != "cpu" and is_capturing():
-            raise RuntimeError(
-                f"the state of {name} is not complete yet, and made now it would be made anew at "
-                "every replay of the graph: take a step with lr above 0 before the capture"
-            )
-        check_state(param, {**known, **missing}, format.parts(self.algorithm.streams), name)
-        if missing:
-            self.missing[param] = missing
-        if "slow_param" in missing and is_at_rest(self.param_groups[group]):
-            self.at_rest.add(param)
-
-    def row(self, position: int, member: Member) -> Row:
-        """A parameter that the reference moves."""
-        param, group, name = member
-        if self.moved is None and position not in self.gradients:
-            self.gradients[position] = plain_grad(param, name)
-        state = self.state[param]
-        format = self.algorithm.format_for(param, self.param_groups[group], state)
-        grad = self.gradients.get(position)
-        return Row(param, grad, state, group, format, position, first_of(param))
-
-    def commit(self) -> None:
-        """Give parameters the state that was made for them."""
-        for param, missing in self.missing.items():
-            known = self.state.get(param)
-            self._before[param] = None if known is None else dict(known)
-            self.state.setdefault(param, {}).update(missing)
-
-    def undo(self) -> None:
-        """Take it away again."""
-        for param, before in self._before.items():
-            if before is None:
-                del self.state[param]
-            else:
-                self.state[param].clear()
-                self.state[param].update(before)
 
 
 def check_no_capture() -> None:
@@ -218,7 +105,7 @@ class Dispatcher:
 
     def release(self) -> None:
         """Let go of what was collected."""
-        self._step: _Step | None = None
+        self._step: PythonStep | None = None
         self._rows: list[Row] = []
         if self._native is not None:
             self._native.roster.release()
@@ -279,7 +166,9 @@ class Dispatcher:
         """The first half of :meth:`step`: check, and make the state that is missing, which changes
         nothing."""
         self.release()
-        step = self._step = _Step(self._algorithm, param_groups, state, moved, self._to_make_anew())
+        step = self._step = PythonStep(
+            self._algorithm, param_groups, state, moved, self._to_make_anew()
+        )
         rest = self._find(step)
         from_host = self._native is not None and self._native.on_host()
         if rest:
@@ -296,7 +185,7 @@ class Dispatcher:
         if not step.missing:
             self._get_ready(step, rest)
 
-    def _find(self, step: _Step) -> list[tuple[int, bool]]:
+    def _find(self, step: PythonStep) -> list[tuple[int, bool]]:
         """Have the roster find its rows; those that move and are none, by position, and whether
         that is because they share memory."""
         if self._native is None:
@@ -308,7 +197,7 @@ class Dispatcher:
             rest = (dict.fromkeys(step.to_make_anew(), False) | dict(rest)).items()
         return sorted(rest)
 
-    def _serve(self, step: _Step, found: list[Member]) -> bool:
+    def _serve(self, step: PythonStep, found: list[Member]) -> bool:
         """Make sure that there are launchers for these; whether there are new ones."""
         if self._native is None:
             return False
@@ -324,7 +213,7 @@ class Dispatcher:
                 new = self._native.serve(param, name, format, rounding or "") or new
         return new
 
-    def _get_ready(self, step: _Step, rest: list[tuple[int, bool]]) -> None:
+    def _get_ready(self, step: PythonStep, rest: list[tuple[int, bool]]) -> None:
         """What the roster leaves, with all its state, is the reference's."""
         if rest:
             found = list(members(step.param_groups))

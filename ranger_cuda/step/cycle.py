@@ -1,0 +1,132 @@
+"""Lookahead's cycle around another optimizer's step: what it may move, and the pull after it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import support
+from ..backends.support import BackendName
+from ..state.checkpoint import is_step_tensor, step_tensor
+from ..state.hyperparameters import Hyperparameters
+from ..state.new_state import new_slow_weight
+from ..state.tensors import check_param, is_capturing, local
+from .algorithms import LOOKAHEAD, is_at_rest, members
+from .dispatch import Dispatcher
+from .native import Groups
+
+
+class Cycle(NamedTuple):
+    """What the pull after an inner step goes by, as it was found before it."""
+
+    groups: list[dict[str, Any]]  # what joins them meanwhile moves from the next step on
+    hypers: list[Hyperparameters]
+    may_move: list[bool]  # for each parameter
+    any_may_move: bool  # those that get a gradient meanwhile
+    first: dict[Tensor, dict[str, Tensor]]  # the slow weights of parameters that have none
+
+
+def begin(
+    dispatcher: Dispatcher,
+    backend: BackendName | None,
+    param_groups: Groups,
+    state: Any,
+    any_may_move: bool,
+) -> Cycle:
+    """What the inner step may move, with the slow weights of those that have none. Raises what
+    would keep the pull from being made.
+
+    Args:
+        any_may_move: the inner step calls a closure, which makes the gradients.
+    """
+    groups = [{**group, "params": [*group["params"]]} for group in param_groups]
+    hypers = [interpolation(group) for group in groups]
+    found = list(members(groups))
+    may_move = [
+        param.grad is not None or (any_may_move and param.requires_grad) for param, _, _ in found
+    ]
+    unmoved = dispatcher.unmoved
+    lacking = [
+        (param, group, name)
+        for (param, group, name), moves in zip(found, may_move, strict=True)
+        if moves and ("slow_param" not in state.get(param, {}) or param in unmoved)
+    ]
+    if lacking and is_capturing():
+        raise RuntimeError(
+            "slow weights made in a capture would be made anew at every replay of the CUDA "
+            "graph: take a step with lr above 0 before the capture"
+        )
+    for param, _, name in lacking:
+        check_param(param, name)
+        support.choose(backend, local(param), name)
+    with torch.inference_mode(False):  # what is made in it could not be written outside
+        first = {
+            param: new_slow_weight(
+                LOOKAHEAD.format_of(param, groups[group]), param, state.get(param, {})
+            )
+            for param, group, _ in lacking
+        }
+    if first:  # as if they were there
+        state = {param: {**state.get(param, {})} for param, _, _ in found}
+        for param, slow in first.items():
+            state[param].update(slow)
+    try:
+        # What does not fit, or cannot be had, raises before the inner optimizer's step.
+        dispatcher.collect(groups, state, _new_count, may_move)
+        if first:
+            dispatcher.rehearse()
+    finally:
+        dispatcher.release()
+    return Cycle(groups, hypers, may_move, any_may_move, first)
+
+
+def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
+    """Count a step of the parameters that moved, and interpolate where a cycle ends."""
+    moved = cycle.may_move
+    if cycle.any_may_move:
+        moved = [
+            may_move and param.grad is not None
+            for (param, _, _), may_move in zip(members(cycle.groups), moved, strict=True)
+        ]
+    unmoved = dispatcher.unmoved
+    for (param, group, _), moves in zip(members(cycle.groups), moved, strict=True):
+        if moves and param in cycle.first:
+            # Not before: an empty state is how optimizers know a parameter's first step.
+            state[param].update(cycle.first[param])
+            if is_at_rest(cycle.groups[group]):
+                unmoved.add(param)
+            else:
+                unmoved.discard(param)
+    dispatcher.step(cycle.groups, state, _new_count, cycle.hypers, moved=moved)
+
+
+def _new_count(
+    param: Tensor, group: dict[str, Any], state: dict[str, Any], step_device: torch.device
+) -> dict[str, Any]:
+    """The step count of a parameter, where ``state`` has none."""
+    count = state.get("lookahead_step", 0.0)
+    if is_step_tensor(count, step_device):
+        return {}
+    return {"lookahead_step": step_tensor(count, step_device)}
+
+
+def interpolation(group: dict[str, Any]) -> Hyperparameters:
+    """A group's Lookahead, as the rule takes it; what RAdam alone reads is neutral."""
+    return Hyperparameters(
+        lr=0.0,
+        beta1=0.0,
+        beta2=0.0,
+        eps=1.0,
+        weight_decay=0.0,
+        rho_threshold=4.0,
+        alpha=float(group["lookahead_alpha"]),
+        k=operator.index(group["lookahead_k"]),
+        max_grad_norm=math.inf,
+        decoupled_weight_decay=False,
+        maximize=False,
+        seed=group.get("seed", 0),
+    )

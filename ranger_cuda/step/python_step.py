@@ -1,0 +1,133 @@
+"""One step, as far as Python deals with it: the checks, the state that is lacking, the reference's
+rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import support
+from ..backends.reference import Row
+from ..state.tensors import (
+    check_allocated,
+    check_state,
+    first_of,
+    is_capturing,
+    is_count,
+    local,
+    on_accelerator,
+    plain_grad,
+)
+from .algorithms import Algorithm, Member, is_at_rest, members
+from .native import Groups, State
+
+NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict[str, Any]]
+ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
+
+
+class PythonStep:
+    """What moves in one step, as far as Python deals with it."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        param_groups: Groups,
+        state: State,
+        moved: list[bool] | None,
+        unmoved: set[Tensor],
+    ) -> None:
+        self.algorithm = algorithm
+        self.param_groups = param_groups
+        self.state = state
+        self.moved = moved
+        self.unmoved = unmoved  # whose slow weights are made anew
+        self.at_rest: set[Tensor] = set()  # who have them now, and still do not move
+        self.missing: dict[Tensor, dict[str, Any]] = {}
+        self.backends: dict[int, str] = {}  # by position, as what follows
+        self.gradients: dict[int, Tensor] = {}
+        self._before: dict[Tensor, dict[str, Any] | None] = {}
+
+    def movers(self) -> list[int]:
+        """The positions of all that move; a parameter that a group names twice moves once."""
+        seen: set[Tensor] = set()
+        found = []
+        for position, (param, _, _) in enumerate(members(self.param_groups)):
+            moves = param.grad is not None if self.moved is None else self.moved[position]
+            if moves and param not in seen:
+                found.append(position)
+            seen.add(param)
+        return found
+
+    def to_make_anew(self) -> list[int]:
+        """The positions of movers whose slow weights are still to be made anew."""
+        found = list(members(self.param_groups))
+        left = self.unmoved - self.missing.keys()
+        return [position for position in self.movers() if found[position].param in left]
+
+    def check(
+        self, position: int, member: Member, requested: str | None, new_state: NewState
+    ) -> None:
+        """Check a parameter that Python deals with, and make what its state lacks."""
+        param, group, name = member
+        where = local(param)
+        backend = self.backends[position] = support.choose(requested, where, name)
+        if self.moved is None:
+            self.gradients[position] = plain_grad(param, name)
+        step_device = torch.device("cpu") if backend in ON_HOST else where.device
+        known = dict(self.state.get(param, {}))
+        if param in self.unmoved:
+            for part in ("slow_param", "slow_residual"):
+                known.pop(part, None)
+        format = self.algorithm.format_for(
+            param, self.param_groups[group], self.state.get(param, {})
+        )
+        for key in (self.algorithm.step_name, *(part.name for part in format.param.rest)):
+            check_allocated(known.get(key), f"state {key!r} of {name}")
+        # Before it moves: on a device nobody looks at it.
+        count = known.get(self.algorithm.step_name, 0)
+        if not on_accelerator(count) and not is_count(count):
+            raise RuntimeError(
+                f"state {self.algorithm.step_name!r} of {name} is {count}, but it counts steps: a "
+                "whole number, at least 0"
+            )
+        with torch.inference_mode(False):  # state made in it could not be written outside
+            missing = new_state(param, self.param_groups[group], known, step_device)
+        if missing and where.device.type != "cpu" and is_capturing():
+            raise RuntimeError(
+                f"the state of {name} is not complete yet, and made now it would be made anew at "
+                "every replay of the graph: take a step with lr above 0 before the capture"
+            )
+        check_state(param, {**known, **missing}, format.parts(self.algorithm.streams), name)
+        if missing:
+            self.missing[param] = missing
+        if "slow_param" in missing and is_at_rest(self.param_groups[group]):
+            self.at_rest.add(param)
+
+    def row(self, position: int, member: Member) -> Row:
+        """A parameter that the reference moves."""
+        param, group, name = member
+        if self.moved is None and position not in self.gradients:
+            self.gradients[position] = plain_grad(param, name)
+        state = self.state[param]
+        format = self.algorithm.format_for(param, self.param_groups[group], state)
+        grad = self.gradients.get(position)
+        return Row(param, grad, state, group, format, position, first_of(param))
+
+    def commit(self) -> None:
+        """Give parameters the state that was made for them."""
+        for param, missing in self.missing.items():
+            known = self.state.get(param)
+            self._before[param] = None if known is None else dict(known)
+            self.state.setdefault(param, {}).update(missing)
+
+    def undo(self) -> None:
+        """Take it away again."""
+        for param, before in self._before.items():
+            if before is None:
+                del self.state[param]
+            else:
+                self.state[param].clear()
+                self.state[param].update(before)
