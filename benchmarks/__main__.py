@@ -11,6 +11,7 @@ COMMANDS = {
     "step": (".step", "time optimizer.step() against its peers, on a CPU or a GPU"),
     "show": (".show", "the tables, promises and comparison of a result that is there"),
     "memory": (".memory", "bytes of state a parameter: ours in every format, and the peers'"),
+    "scale": (".scale", "bytes, launches and times of large models on many GPUs: arithmetic"),
     "sweep": (".sweep", "which sizes of the CUDA kernels' tables are fastest"),
     "gpu": (".on_gpu.runner", "build, test, sanitize and measure on a machine with a GPU"),
 }
