@@ -102,13 +102,6 @@ def test_without_the_opt_in_nothing_happens(build):
         optimizer.train()
 
 
-def test_the_opt_in_is_a_bool():
-    with pytest.raises(ValueError, match="eval_with_slow_weights value: 'yes'"):
-        BUILDS["Ranger"](parameters(), on="yes")
-    with pytest.raises(ValueError, match="eval_with_slow_weights value: 2"):
-        BUILDS["Lookahead"](parameters(), on=2)
-
-
 @pytest.mark.parametrize(
     ("call", "do"),
     [
