@@ -346,7 +346,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(cls):
 
 @pytest.mark.parametrize("wrong", ["yes", 2])
 def test_the_opt_in_to_eval_mode_is_a_bool(wrong):
-    params = [Parameter(torch.ones(2))]
+    params = [torch.nn.Parameter(torch.ones(2))]
     inner = torch.optim.SGD(params, lr=0.1)
     for make in (Ranger, lambda _, **options: Lookahead(inner, **options)):
         with pytest.raises(ValueError, match=f"eval_with_slow_weights value: {wrong!r}"):
