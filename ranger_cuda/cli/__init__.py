@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except CommandError as error:
-        print(f"python -m ranger_cuda {argv[0]}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of all that torchrun started
+            print(f"python -m ranger_cuda {argv[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

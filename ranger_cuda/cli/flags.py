@@ -12,7 +12,7 @@ import torch
 from ..state.formats import STATE_DTYPES, WEIGHT_ROUNDINGS
 from .gpt import SHAPES
 from .optimizers import OPTIMIZERS
-from .settings import DEFAULTS, DTYPES, EVERY_OPTIMIZER, NARROW
+from .settings import DEFAULTS, DTYPES, EVERY_OPTIMIZER, NARROW, PARALLEL
 
 DEFAULT_OUT = "ranger_train"
 
@@ -21,6 +21,10 @@ The results go to --out: checkpoint.pt, summary.json, history.csv and loss.png. 
 has a run already is left alone unless --resume or --overwrite says what to do with it.
 Ctrl-C finishes the current step and saves; --resume then goes on where it stopped, with the
 same bits as if nothing had happened. It needs no other flag: the settings come from the checkpoint.
+
+On several processes: torchrun --nproc-per-node 2 -m ranger_cuda train --parallel fsdp. A batch is
+cut into --slices, whose gradients are added in the same order on any number of ranks that divides
+it, so that a run may go on with --resume on more ranks or fewer, with the same bits.
 """
 
 
@@ -68,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(how, "--weight-rounding", about, choices=WEIGHT_ROUNDINGS)
     names = [str(dtype).removeprefix("torch.") for dtype in STATE_DTYPES]
     add(how, "--state-dtype", "of their moments", choices=names)
+
+    many = parser.add_argument_group("several processes (see torchrun --help)")
+    add(many, "--parallel", "by DistributedDataParallel or fully_shard", choices=PARALLEL)
+    about = "of a batch, for ranks to share; a power of two (default: the number of ranks)"
+    add(many, "--slices", about, type=_positive, metavar="N")
 
     where = parser.add_argument_group("where to, and how to go on")
     where.add_argument(

@@ -84,4 +84,9 @@ class GPT(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of the next byte, in nats."""
-        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+        return next_byte_loss(self(inputs), targets)
+
+
+def next_byte_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats: of (batch, time, 256) and (batch, time)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

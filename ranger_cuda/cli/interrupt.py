@@ -36,11 +36,6 @@ class Interrupt:
     ) -> None:
         self._restore()
 
-    @property
-    def exit_status(self) -> int:
-        """What a shell reports for a process that this signal ended: 130 or 143."""
-        return 0 if self.signal is None else 128 + self.signal
-
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()

@@ -18,7 +18,15 @@ _PLAIN_LINES = 12  # over a whole run, beside the first step
 class Display:
     """Shows the runs after every step. Use it as a context manager around the training."""
 
-    def __init__(self, console: Console, runs: list[Run], first_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        runs: list[Run],
+        first_step: int,
+        steps: int,
+        is_quiet: bool = False,
+    ) -> None:
+        self._is_quiet = is_quiet
         self._runs = runs
         self._first_step = first_step
         self._steps = steps
@@ -35,7 +43,7 @@ class Display:
         self._task = self._progress.add_task("", total=steps, completed=first_step)
         self._live = (
             Live(console=console, get_renderable=self._render, refresh_per_second=4)
-            if console.is_terminal and not console.is_dumb_terminal
+            if console.is_terminal and not (console.is_dumb_terminal or is_quiet)
             else None
         )
 
@@ -56,7 +64,7 @@ class Display:
     def update(self, step: int) -> None:
         """Show that ``step`` steps are done."""
         self._progress.update(self._task, completed=step)
-        if self._live is None and self._is_line_due(step):
+        if self._live is None and not self._is_quiet and self._is_line_due(step):
             print(self._line(step), flush=True)
 
     def _is_line_due(self, step: int) -> bool:

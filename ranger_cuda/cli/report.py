@@ -24,6 +24,7 @@ import ranger_cuda
 from .corpus import Corpus
 from .errors import CommandError
 from .optimizers import OPTIMIZERS
+from .parallel import started_ranks
 from .settings import Settings, as_dict
 from .training import SMOOTHING, History, Run
 
@@ -58,6 +59,8 @@ def describe(settings: Settings, text: Corpus, parameters: int) -> str:
     on = settings.device
     if on == "cpu":
         on = f"{settings.threads} CPU thread{'s' * (settings.threads != 1)}"
+    if settings.parallel != "none":
+        on += f" each of {started_ranks()} ranks ({settings.parallel}), {settings.slices} slices"
     return (
         f"GPT of {size} parameters ({settings.layers} layers, width {settings.width}) "
         f"on {text.description}\n"

@@ -15,6 +15,7 @@ from . import corpus
 from .errors import CommandError
 from .gpt import SHAPES, Shape
 from .optimizers import OPTIMIZERS
+from .parallel import started_ranks
 
 DEFAULTS: dict[str, Any] = {
     "model": "tiny",
@@ -30,8 +31,10 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "weight_rounding": WEIGHT_ROUNDINGS[0],
     "state_dtype": "float32",
+    "parallel": "none",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+PARALLEL = ("none", "ddp", "fsdp")
 
 EVERY_OPTIMIZER = "*"  # the key of a learning rate that was given without a name
 
@@ -72,6 +75,8 @@ class Settings:
     dtype: str = DEFAULTS["dtype"]
     weight_rounding: str = DEFAULTS["weight_rounding"]
     state_dtype: str = DEFAULTS["state_dtype"]
+    parallel: str = DEFAULTS["parallel"]
+    slices: int = 1  # of a batch, for the ranks to share
 
     @property
     def storage(self) -> dict[str, Any]:
@@ -95,6 +100,8 @@ def resolve(given: Mapping[str, Any]) -> Settings:
     chosen.setdefault("threads", 1 if narrow else torch.get_num_threads())
     if chosen["device"] == "auto":
         chosen["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen["parallel"] != "none":
+        chosen.setdefault("slices", started_ranks() or 1)
     settings = Settings(**chosen)
     _check(settings)
     return settings
@@ -179,6 +186,7 @@ def _check(settings: Settings) -> None:
             f"--threads {settings.threads} is far more than the {os.cpu_count()} CPUs here can "
             f"use; give no more than {MOST_THREADS}"
         )
+    _check_ranks(settings, started_ranks())
     try:
         formats.of(getattr(torch, settings.dtype), **settings.storage)
     except ValueError as error:
@@ -191,3 +199,36 @@ def _check(settings: Settings) -> None:
             f"device {settings.device} cannot be used here ({reason}); try --device cpu with "
             "another --out, or see: python -m ranger_cuda info"
         ) from error
+
+
+def _check_ranks(settings: Settings, ranks: int | None) -> None:
+    parallel, slices = settings.parallel, settings.slices
+    if parallel == "none":
+        if (ranks or 1) > 1:
+            raise CommandError(
+                f"torchrun started {ranks} processes, which would all train the same; add "
+                "--parallel ddp or --parallel fsdp, or start one"
+            )
+        if slices > 1:
+            raise CommandError("--slices is for ranks to share: give it with --parallel")
+        return
+    if ranks is None:
+        raise CommandError(
+            f"--parallel {parallel} is for processes that torchrun starts: torchrun "
+            f"--nproc-per-node 2 -m ranger_cuda train --parallel {parallel}"
+        )
+    if slices & (slices - 1):
+        raise CommandError(
+            f"a batch in {slices} slices (--slices; the number of ranks where it is not given) "
+            "cannot be added in pairs; give a power of two"
+        )
+    if slices % ranks:
+        raise CommandError(
+            f"{ranks} ranks cannot share the {slices} slices of a batch; start a number of ranks "
+            f"that divides {slices}, or another run with more --slices"
+        )
+    if settings.batch_size % slices:
+        raise CommandError(
+            f"--batch-size {settings.batch_size} is no multiple of the {slices} slices that ranks "
+            "share"
+        )

@@ -6,15 +6,17 @@ import argparse
 import importlib.util
 import os
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, corpus, settings
+from . import checkpoint, corpus, parallel, settings
 from .errors import CommandError
 from .flags import DEFAULT_OUT, add_arguments
 from .interrupt import Interrupt, QuickExit
+from .parallel import Ranks, is_first, say
 from .settings import Settings
 from .training import Run, reproducible, train
 
@@ -40,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     if torch.device(chosen.device).type == "cuda":
         # cuBLAS is reproducible only with this, set before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with reproducible(chosen.threads):
-        return _train_and_report(args, out, chosen, text, saved)
+    ranks = Ranks(chosen.parallel, chosen.slices)
+    with reproducible(chosen.threads), ranks.joined(chosen.device):
+        return _train_and_report(args, out, chosen, text, saved, ranks)
 
 
 def _train_and_report(
@@ -50,6 +53,7 @@ def _train_and_report(
     chosen: Settings,
     text: corpus.Corpus,
     saved: dict[str, Any] | None,
+    ranks: Ranks,
 ) -> int:
     with QuickExit():
         from rich.console import Console
@@ -57,45 +61,48 @@ def _train_and_report(
         from . import report
         from .progress import Display
 
-    console = Console()
-    runs = [Run(name, chosen) for name in chosen.optimizers]
+    console = Console(quiet=not is_first())
+    runs = [Run(name, chosen, ranks) for name in chosen.optimizers]
     title = report.describe(chosen, text, sum(p.numel() for p in runs[0].model.parameters()))
-    print(title, flush=True)
+    say(title)
     done = 0
     if saved:
         done = saved["step"]
-        for each in runs:
-            each.load_state_dict(saved["runs"][each.name])
-        print(f"Resuming at step {done} of {chosen.steps}.", flush=True)
-    else:
+        _go_back(runs, saved, out)
+        say(f"Resuming at step {done} of {chosen.steps}.")
+    elif is_first():
         report.make_room(out)  # an overwritten run's results must not pass for this one's
     saved_at = done if saved else -1
+    stopped_by = 0
 
     def save() -> None:
         nonlocal saved_at
         if done != saved_at:
-            checkpoint.save(_content(done, chosen, text, runs), checkpoint.path_in(out))
+            _save(_content(done, chosen, text, runs), runs, out)
             saved_at = done
 
     def after_step(step: int) -> bool:
-        nonlocal done
+        nonlocal done, stopped_by
         done = step
         display.update(step)
         if step % chosen.checkpoint_every == 0:
             save()
-        return interrupt.signal is None
+        stopped_by = ranks.largest(interrupt.signal or 0)
+        return not stopped_by
 
     with Interrupt() as interrupt:
         save()  # at once: what cannot be written should be known before the training
-        with Display(console, runs, done, chosen.steps) as display:
+        with Display(console, runs, done, chosen.steps, is_quiet=not is_first()) as display:
             train(runs, text, chosen, done, after_step)
         save()
-    if interrupt.signal is not None:
-        print(
-            f"Stopped by {interrupt.signal.name} after step {done} of {chosen.steps}, saved. "
-            f"To go on: python -m ranger_cuda train --resume{_out_flag(args)}"
+    if stopped_by:
+        say(
+            f"Stopped by {signal.Signals(stopped_by).name} after step {done} of {chosen.steps}, "
+            f"saved. To go on: {_command(ranks)} train --resume{_out_flag(args)}"
         )
-        return interrupt.exit_status
+        return 128 + stopped_by  # what a shell reports for a process that this signal ended
+    if not is_first():
+        return 0
 
     summaries = [report.summarise(each, chosen) for each in runs]
     console.print(report.table(summaries))
@@ -122,12 +129,36 @@ def _content(step: int, chosen: Settings, text: corpus.Corpus, runs: list[Run]) 
     }
 
 
+def _save(content: dict[str, Any], runs: list[Run], out: Path) -> None:
+    """Replace the checkpoint. Of several ranks' the tensors are in a folder of their own, which the
+    file that the first rank writes names: it is whole before, and the last one is there until then.
+    """
+    if not runs[0].ranks.is_alone:
+        # Before the first step there is no state, and to ask for it would make some.
+        parts = {each.name: (each.model, each.optimizer) for each in runs}
+        step = content["step"]
+        content["shards"] = parallel.save(parts, out, step) if step else None
+        if not is_first():
+            return
+    checkpoint.save(content, checkpoint.path_in(out))
+    parallel.remove_all(out, but=content.get("shards"))
+
+
+def _go_back(runs: list[Run], saved: dict[str, Any], out: Path) -> None:
+    """To where a checkpoint was taken."""
+    for each in runs:
+        each.load_state_dict(saved["runs"][each.name])
+    if saved.get("shards"):
+        parts = {each.name: (each.model, each.optimizer) for each in runs}
+        parallel.load(parts, out / saved["shards"])
+
+
 def _saved_run(out: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """The checkpoint to go on from, if there is one and going on was asked for."""
     path = checkpoint.path_in(out)
     if not os.path.exists(path):  # unlike Path.exists, it never raises
         if args.resume:
-            print(f"Nothing to resume in {args.out}: starting from step 0.", flush=True)
+            say(f"Nothing to resume in {args.out}: starting from step 0.")
         return None
     if args.resume:
         return checkpoint.load(path)
@@ -152,7 +183,7 @@ def _check_continuation(saved: dict[str, Any], chosen: Settings, text: corpus.Co
             "at least that, or start another run with another --out"
         )
     if saved["torch"] != str(torch.__version__):
-        print(
+        say(
             f"Note: this run was started with torch {saved['torch']}, and this is "
             f"{torch.__version__}: it goes on, but the last bits of the results may differ."
         )
@@ -165,6 +196,12 @@ def _require_extras() -> None:
             f"this needs {' and '.join(missing)}, not installed here: pip install "
             f"{' '.join(missing)} (or the package with its extra: ranger_cuda[train])"
         )
+
+
+def _command(ranks: Ranks) -> str:
+    if ranks.is_alone:
+        return "python -m ranger_cuda"
+    return f"torchrun --nproc-per-node {ranks.size} -m ranger_cuda"
 
 
 def _out_flag(args: argparse.Namespace) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from . import corpus
-from .gpt import GPT
+from .gpt import GPT, next_byte_loss
 from .optimizers import OPTIMIZERS
+from .parallel import PartialSums, Ranks
 from .settings import Settings
 
 SMOOTHING = 20  # steps: the loss of a single batch says little
@@ -39,11 +40,13 @@ class History:
 class Run:
     """One optimizer's training: a model, the optimizer's state and the history."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, ranks: Ranks | None = None) -> None:
         self.name = name
+        self.ranks = ranks or Ranks()
         self.device = torch.device(settings.device)
         model = GPT(settings.shape, settings.seed)
         self.model = model.to(self.device, getattr(torch, settings.dtype))
+        self._forward = self.ranks.spread(self.model, [*self.model.blocks], self.device)
         choice = OPTIMIZERS[name]
         storage = settings.storage if choice.takes_storage else {}
         self.optimizer = choice.build(self.model.parameters(), settings.lr[name], **storage)
@@ -52,15 +55,35 @@ class Run:
     def step(self, batch: corpus.Batch) -> None:
         """Take one optimizer step and record its loss and its times."""
         start = self._now()
-        loss = self.model.loss(*batch)
-        loss.backward()
+        losses = self._backward(self.ranks.cut(batch))
         before = self._now()
         self.optimizer.step()
         end = self._now()
         self.optimizer.zero_grad()
-        self.history.loss.append(loss.item())
+        self.history.loss.append(fmean(self.ranks.gathered([loss.item() for loss in losses])))
         self.history.seconds.append(end - start)
         self.history.optimizer_seconds.append(end - before)
+
+    def _backward(self, slices: list[corpus.Batch]) -> list[torch.Tensor]:
+        """The losses of this rank's slices; their gradient is the mean over all ranks' slices."""
+        params = [*self.model.parameters()]
+        sums = PartialSums()
+        losses = []
+        for inputs, targets in slices:
+            loss = next_byte_loss(self._forward(inputs), targets)
+            loss.backward()
+            losses.append(loss.detach())
+            if len(slices) > 1:
+                sums.add([param.grad for param in params])
+                self.optimizer.zero_grad()
+        if len(slices) > 1:
+            for param, total in zip(params, sums.total(), strict=True):
+                param.grad = total
+        if self.ranks.slices > 1:
+            for param in params:
+                if param.grad is not None:
+                    param.grad.div_(self.ranks.slices)
+        return losses
 
     def evaluate(self, batches: list[corpus.Batch]) -> None:
         """Record the loss on held-out text, and on the slow weights where there are any."""
@@ -68,21 +91,23 @@ class Run:
         history.evaluated_at.append(len(history.loss))
         history.validation_loss.append(self._mean_loss(batches))
         if hasattr(self.optimizer, "slow_weights"):
-            with self.optimizer.slow_weights():
+            with self.optimizer.slow_weights(self.model):
                 history.slow_validation_loss.append(self._mean_loss(batches))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, and the history."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": asdict(self.history),
-        }
+        """Everything that the rest of the run depends on, and the history; of one of several ranks
+        the history alone."""
+        history = {"history": asdict(self.history)}
+        if not self.ranks.is_alone:
+            return history
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        return {"model": model, "optimizer": optimizer, **history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where :meth:`state_dict` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ranks.is_alone:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
         self.history = History(**state["history"])
 
     @torch.no_grad()
