@@ -58,6 +58,7 @@ SLOW = {
     "test_random_operations",
     "test_resharding",
     "test_train_cli",
+    "test_train_parallel",
     "test_trainers",
     "test_train_resume",
     "test_triton",

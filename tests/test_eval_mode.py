@@ -122,15 +122,6 @@ def test_what_would_mix_up_the_weights_is_refused_in_eval_mode(stepped, call, do
     do(optimizer)
 
 
-def test_ranger_refuses_decoded_state_in_eval_mode():
-    params = parameters()
-    optimizer = BUILDS["Ranger"](params)
-    train(optimizer, params, range(6))
-    optimizer.eval()
-    with pytest.raises(RuntimeError, match=r"decoded_state\(\) in eval mode"):
-        optimizer.decoded_state(params[2])
-
-
 @pytest.mark.parametrize("call", ["eval", "train"])
 def test_it_is_refused_inside_slow_weights(stepped, call):
     optimizer, params = stepped

@@ -351,3 +351,14 @@ def test_the_opt_in_to_eval_mode_is_a_bool(wrong):
     for make in (Ranger, lambda _, **options: Lookahead(inner, **options)):
         with pytest.raises(ValueError, match=f"eval_with_slow_weights value: {wrong!r}"):
             make(params, eval_with_slow_weights=wrong)
+
+
+def test_decoded_state_is_refused_in_eval_mode():
+    (param,) = params = random_params((3,))
+    optimizer = Ranger(params, k=2, eval_with_slow_weights=True)
+    train(optimizer, params, range(3))
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"decoded_state\(\) in eval mode"):
+        optimizer.decoded_state(param)
+    optimizer.train()
+    assert optimizer.decoded_state(param).keys() >= {"param", "slow_param"}
