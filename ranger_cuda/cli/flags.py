@@ -24,7 +24,8 @@ same bits as if nothing had happened. It needs no other flag: the settings come 
 
 On several processes: torchrun --nproc-per-node 2 -m ranger_cuda train --parallel fsdp. A batch is
 cut into --slices, whose gradients are added in the same order on any number of ranks that divides
-it, so that a run may go on with --resume on more ranks or fewer, with the same bits.
+it, so that a run may go on with --resume on more ranks or fewer: with the same bits, but for
+torch's AdamW, whose fused CPU step rounds by where in memory an element lies.
 """
 
 

@@ -1,7 +1,8 @@
 """Training on several processes that torchrun started, with the bits of one.
 
 A batch is cut into a fixed number of slices, and their gradients are added in pairs, pairs of pairs
-and so on, whichever ranks they are on: no sum depends on the number of ranks.
+and so on, whichever ranks they are on: no sum depends on the number of ranks. Nor do the steps of
+this package; torch's fused AdamW rounds by where in its memory an element lies, and so by shards.
 """
 
 from __future__ import annotations
