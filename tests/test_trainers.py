@@ -10,10 +10,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.integrations import unwrap
@@ -28,6 +30,12 @@ RUNS = {
     "hf_trainer, the class": ("transformers", {"by_class": True}),
     "lightning_fit": ("lightning", {}),
     "timm_factory": ("timm", {}),
+    "torchtitan_container": ("torchtitan", {}),
+    "peft_trl_sft": ("trl", {}),
+    "skorch_net": ("skorch", {}),
+    "ignite_engine": ("ignite", {}),
+    "fastai_learner": ("fastai", {}),
+    "deepspeed_zero": ("deepspeed", {}),
 }
 
 
@@ -42,13 +50,33 @@ def example(name):
     return functools.partial(module.train, **options)
 
 
+@pytest.fixture
+def taken():
+    """The steps that are taken; with lr = 0 torch.distributed.checkpoint makes state to load into.
+    What DeepSpeed sets up is taken down."""
+    steps = []
+
+    def note(optimizer, *_):
+        if isinstance(optimizer, Ranger) and optimizer.param_groups[0]["lr"] > 0:
+            steps.append(optimizer)
+
+    hook = register_optimizer_step_post_hook(note)
+    with mock.patch.dict(os.environ):
+        yield steps
+    hook.remove()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_resumes_with_the_bits_of_one_that_was_not(name, tmp_path):
+def test_a_stopped_run_resumes_with_the_bits_of_one_that_was_not(name, tmp_path, taken):
     train = example(name)
     whole = train(tmp_path / "whole", STEPS)
     first = train(tmp_path / "resumed", STOP)
     early = {key: value.clone() for key, value in first.state_dict().items()}
+    assert len(taken) == STEPS + STOP
     resumed = train(tmp_path / "resumed", STEPS, resume=True)
+    assert len(taken) == STEPS + STEPS, "from the start it would have the same bits as well"
     expected = whole.state_dict()
     assert expected.keys() == resumed.state_dict().keys()
     for key, value in resumed.state_dict().items():

@@ -7,16 +7,20 @@ from typing import Any
 from ..step.slow_weights import SlowWeights
 from .missing import stand_in
 
-try:
-    from lightning.pytorch import Callback
-except ImportError as error:
+
+def _base() -> Any:
     try:
-        from pytorch_lightning import Callback
-    except ImportError:
-        Callback = stand_in("SlowWeightsCallback", "lightning", error)
+        from lightning.pytorch import Callback
+    except ImportError as error:
+        try:
+            from pytorch_lightning import Callback as OtherCallback
+        except ImportError:
+            return stand_in("SlowWeightsCallback", "lightning", error)
+        return OtherCallback
+    return Callback
 
 
-class SlowWeightsCallback(Callback):  # type: ignore[misc]
+class SlowWeightsCallback(_base()):  # type: ignore[misc]
     """Validate, and save, the slow weights of an optimizer with ``eval_with_slow_weights=True``::
 
         optimizer = Ranger(self.parameters(), lr=4e-3, eval_with_slow_weights=True)
