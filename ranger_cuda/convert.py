@@ -14,14 +14,15 @@ from .lookahead import Lookahead
 from .ranger import Ranger
 from .state import formats
 from .state.checkpoint import LOOKAHEAD, check_kind, parameters
+from .state.hyperparameters import check_lookahead
 from .state.tensors import is_count, shown
 from .step.optimizer import FusedOptimizer
 
 State = dict[str, Any]
 Group = dict[str, Any]
 
-# What schedulers add to a group, and what torch's constructors take that moves nothing here.
-_NEUTRAL = {"params", "param_names", "initial_lr", "min_lr", "max_lr", "base_momentum"}
+# What schedulers and trainers add to a group, and what means the same here or nothing.
+_NEUTRAL = {"params", "param_names", "initial_lr", "min_lr", "max_lr", "lr_scale", "base_momentum"}
 _NEUTRAL |= {"max_momentum", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
 
@@ -144,7 +145,11 @@ SOURCES = (
         _rectified_as_torch,
     ),
     Source(
-        "RAdam", frozenset({"betas", "eps", "weight_decay"}), _same, drops=frozenset({"buffer"})
+        "RAdam",
+        frozenset({"betas", "eps", "weight_decay"}),
+        _same,
+        drops=frozenset({"buffer"}),
+        is_complete=True,
     ),
 )
 _KNOWN = (
@@ -198,8 +203,10 @@ def convert_checkpoint(state_dict: Mapping[str, Any], optimizer: Optimizer) -> d
         try:
             group, changed = _converted(group, state, isinstance(inner, FusedOptimizer))
             state |= changed
+            period = group.get("lookahead_k", optimizer.param_groups[i].get("lookahead_k"))
+            if counts:
+                check_lookahead(period, group.get("lookahead_alpha", 0.5))
             for key, count in counts.items():
-                period = group.get("lookahead_k", optimizer.param_groups[i].get("lookahead_k"))
                 state[key] = _with_cycle(state[key], count, period, optimizer)
         except ValueError as error:
             raise ValueError(f"checkpoint, parameter group {i}: {error}") from error

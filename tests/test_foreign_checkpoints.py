@@ -9,7 +9,7 @@ import torch
 
 from helpers import assert_same, twins
 from optimizer_infos import lookahead_radam, same, snapshot
-from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda import Lookahead, RAdam, Ranger, convert_checkpoint
 from saved_runs import make, train
 
 
@@ -148,3 +148,28 @@ def test_values_that_trainers_add_to_a_state_are_kept_as_copies():
     assert (three, of["of"].tolist()) == (3, [1, 1])
     inner.zero_()
     assert of["of"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("key", ["clip_exp", "caution", "wd_ratio", "schedule_decay", "ns_steps"])
+def test_optimizers_that_are_like_radam_but_for_a_key_are_refused(key):
+    """Adopt, AdamP, NAdam and Muon of timm, say."""
+    params = [torch.nn.Parameter(torch.ones(2))]
+    moments = {name: torch.ones(2) for name in ("exp_avg", "exp_avg_sq")}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
+    stranger = {"state": {0: {"step": 3, **moments}}, "param_groups": [{**group, key: 0.5}]}
+    optimizer = Ranger(params)
+    for load in (optimizer.load_state_dict, lambda s: convert_checkpoint(s, optimizer)):
+        with pytest.raises(ValueError, match=key):
+            load(copy.deepcopy(stranger))
+
+
+def test_a_period_of_lookahead_that_is_none_is_refused():
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = Ranger(params)
+    params[0].grad = torch.ones(2)
+    optimizer.step()
+    saved = torch.optim.AdamW(params).state_dict()
+    saved["state"] = {0: {"step": 3.0, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
+    saved["param_groups"][0] |= {"lookahead_step": 3, "lookahead_k": 0}
+    with pytest.raises(ValueError, match="Invalid k value: 0"):
+        convert_checkpoint(saved, optimizer)

@@ -113,3 +113,17 @@ def test_the_wrapper_keeps_float32_slow_weights_for_bfloat16():
     assert slow.dtype == torch.float32
     # Each sync moves them by 0.001 * (fast - slow), near 0.001 * 0.25: bfloat16 would stay at 1.
     assert ((1 - slow) > 9 * 0.001 * 0.25 * 0.9).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float16_gradients_survive_where_float32_s_denormals_are_flushed(backend):
+    """float16's smallest normal number, 6e-5, is none of float32's concern."""
+    param = torch.nn.Parameter(torch.zeros(9, dtype=torch.float16))
+    param.grad = torch.full((9,), 3e-5, dtype=torch.float16)
+    optimizer = RAdam([param], backend=backend)
+    try:
+        torch.set_flush_denormal(True)
+        optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (optimizer.state[param]["exp_avg"] > 2.9e-6).all()

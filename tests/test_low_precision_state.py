@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -214,3 +215,35 @@ def test_state_that_is_none_of_ours_is_left_alone(monkeypatch):
     optimizer.state[param]["mask"] = torch.eye(3).to_sparse()
     train(optimizer, [param], range(2))
     assert torch.equal(optimizer.state[param]["mask"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_sign_of_a_nan_is_in_no_code(backend):
+    """Which it is depends on the order of operands, and what is stored is compared by bits."""
+    codes = []
+    for sign in (1.0, -1.0):
+        param = torch.nn.Parameter(torch.zeros(4096))
+        param.grad = torch.full((4096,), math.copysign(math.nan, sign))
+        optimizer = RAdam([param], backend=backend, state_dtype="8bit")
+        optimizer.step()
+        codes.append(optimizer.state[param]["exp_avg"].clone())
+    assert torch.equal(*codes)
+    assert (codes[0] == 2).all()
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_every_code_of_a_group_that_is_not_finite_means_the_same_everywhere(name):
+    """Codes that nobody writes, too."""
+    after = []
+    for backend in ("cpu", "reference"):
+        param = torch.nn.Parameter(torch.zeros(256 * 32))
+        optimizer = RAdam([param], backend=backend, state_dtype="8bit", lr=0.0)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        state = optimizer.state[param]
+        state[name].copy_(torch.arange(256, dtype=torch.uint8).repeat_interleave(32))
+        state[f"{name}_scale"].fill_(255)
+        optimizer.step()
+        after.append([value.clone() for value in state.values()])
+    for mine, its in zip(*after, strict=True):
+        assert torch.equal(mine, its)

@@ -261,7 +261,8 @@ struct GroupedSigned : Grouped<4> {
   }
   static RANGER_HOST_DEVICE uint32_t encode(float value, Random16, NotFinite) {
     const uint32_t bits = bits_of(value);
-    return (is_finite(bits) ? 0u : is_nan(value) ? 2u : 1u) << 24 | (bits & ~kMagnitude);
+    if (is_nan(value)) return 2u << 24;  // its sign is nobody's promise
+    return (is_finite(bits) ? 0u : 1u) << 24 | (bits & ~kMagnitude);
   }
 };
 
@@ -281,9 +282,9 @@ struct GroupedRoot : Grouped<5> {
   static RANGER_HOST_DEVICE float decode(uint32_t code, NotFinite) {
     code = code >> 24;
     return value_of(code == 0   ? 0
-                    : code == 1 ? bits_of(0x1p126f)
                     : code == 2 ? kInfinity
-                                : kInfinity + 1);
+                    : code == 3 ? kInfinity + 1
+                                : bits_of(0x1p126f));
   }
 
   template <class Scale>

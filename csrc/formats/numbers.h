@@ -106,12 +106,15 @@ RANGER_HOST_DEVICE float widened(Float16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
 #else
-  // Exponent and fraction in float32's place, where the exponent's bias is 112 more.
+  // Exponent and fraction in float32's place, where the exponent's bias is 112 more; below the
+  // smallest normal number, whose exponent is 1, lie fixed-point ones.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const bool finite = magnitude < 0x0f800000;
-  const uint32_t value = bits_of(value_of(magnitude) * 0x1p112f);
-  return value_of((finite ? value : magnitude | kInfinity) | sign);
+  constexpr uint32_t kLeast = 113u << 23;
+  const uint32_t fixed = bits_of(value_of(magnitude + kLeast) - value_of(kLeast));
+  const uint32_t normal = magnitude + (112u << 23);
+  const uint32_t value = magnitude < 1u << 23 ? fixed : normal;
+  return value_of((magnitude < 0x0f800000 ? value : magnitude | kInfinity) | sign);
 #endif
 }
 

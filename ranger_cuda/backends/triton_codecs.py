@@ -271,7 +271,8 @@ def encode_group(value, scale, random, CODEC: tl.constexpr):
     code = code_of(value, scale, random, CODEC)
     if CODEC == "GroupedSigned":
         other = tl.where(is_nan(bits), SIGNED_NAN, tl.where(infinite, SIGNED_INFINITY, 0))
-        code = tl.where(scale == NOT_FINITE, other, code) | ((bits >> 24) & CODE_SIGN)
+        sign = tl.where(is_nan(bits), 0, (bits >> 24) & CODE_SIGN)  # NaN's is no promise
+        code = tl.where(scale == NOT_FINITE, other, code) | sign
     else:
         other = tl.where(infinite, ROOT_INFINITY, ROOT_FINITE)
         other = tl.where(is_nan(bits), ROOT_NAN, other)

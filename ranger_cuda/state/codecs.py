@@ -314,7 +314,7 @@ class GroupedSigned(Grouped):
         assert random is not None
         codes, finite = self.narrowed(value, rest, random)
         others = torch.where(value.isnan(), 2, torch.where(value.isinf(), 1, 0))
-        sign = (_bits(value) >> 24) & 0x80
+        sign = torch.where(value.isnan(), 0, (_bits(value) >> 24) & 0x80)  # NaN's is no promise
         stored.copy_(torch.where(finite, codes, others) | sign)
 
 

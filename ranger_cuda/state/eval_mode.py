@@ -49,7 +49,7 @@ def check_saved(
     """
     for i, group in enumerate(state_dict["param_groups"]):
         in_eval_mode = group.get(KEY, False)
-        if in_eval_mode not in (True, False):
+        if not isinstance(in_eval_mode, bool):
             raise ValueError(
                 f"loaded state dict, parameter group {i}: Invalid {KEY} value: "
                 f"{shown(in_eval_mode)}; it is True or False"

@@ -61,9 +61,10 @@ class SlowWeights:
         """Let every slow weight be its parameter as it is now.
 
         For weights that were loaded or rolled back without this optimizer's state: the next sync
-        would pull half-way back to those of before. (After ``load_state_dict`` there is nothing to
-        reset, nor before the first step with ``lr`` above 0, unless ``lr`` is a tensor on an
-        accelerator.) The slow weights are written in place; step counts and cycles stay.
+        would pull half-way back to those of before. After ``load_state_dict``, beside the weights
+        it was saved with, there is nothing to reset; nor before the first step with ``lr`` above 0,
+        unless ``lr`` is a tensor on an accelerator, which is not read. Slow weights are written in
+        place; step counts and cycles stay.
 
         Raises:
             RuntimeError: the slow weights are swapped in, or a slow weight does not fit its
@@ -86,7 +87,8 @@ class SlowWeights:
         more). ``state_dict``, ``load_state_dict``, copying and pickling work as ever: a checkpoint
         of now, and a model saved now, resume with the same bits as those of train mode, in an
         optimizer that is in eval mode and has to be taken out of it. (With
-        ``torch.distributed.checkpoint``, save in train mode; a checkpoint of eval mode is refused.)
+        ``torch.distributed.checkpoint``, save in train mode: one of eval mode is refused in train
+        mode, unless :func:`load_distributed_checkpoint` loads it.)
         What is written to a parameter in eval mode does not last. Loading a checkpoint of train
         mode ends eval mode, and leaves the parameters to who loads the model.
 
