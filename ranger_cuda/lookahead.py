@@ -303,7 +303,7 @@ class Lookahead(SlowWeights, Optimizer):
             with checkpoint.naming(i):
                 groups.append({**known, **hyperparameters.with_whole_period(saved)})
                 self._check_group(groups[-1])
-        eval_mode.check_saved(state_dict, params, self._options)
+        eval_mode.check_saved(state_dict, self._options)
         modes = [group.pop(eval_mode.KEY, False) for group in groups]  # not the inner optimizer's
         inner, ours = checkpoint.split_state(state_dict["state"], params, strict)
         restored = {}

@@ -93,3 +93,22 @@ def with_gradients(*tensors):
     for param in params:
         param.grad = torch.randn_like(param)
     return params
+
+
+def parameters(seed=0):
+    """One of every kind, the last of which is never stepped."""
+    torch.manual_seed(seed)
+    values = torch.tensor([1.5, -0.0, float("nan"), float("inf"), 1e-45, 3.0])
+    tensors = [
+        values,
+        values.double(),
+        values.bfloat16(),
+        values.half(),
+        torch.complex(values, values.flip(0)),
+        torch.randn(4, 6)[:, ::2],
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(()),
+        torch.randn(0, 3),
+        torch.randn(5),
+    ]
+    return [Parameter(t) for t in tensors]

@@ -230,3 +230,8 @@ def assert_refuses(optimizer, error, message):
     with pytest.raises(error, match=message):
         optimizer.step()
     assert same(snapshot(optimizer), before)
+
+
+OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
+each_fused = pytest.mark.parametrize("cls", [RAdam, ranger], ids=["RAdam", "Ranger"])
+each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)

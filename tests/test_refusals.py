@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from optimizer_infos import (
+    OWN,
     assert_refuses,
+    each_fused,
+    each_own,
     lookahead_adamw,
     lookahead_radam,
     random_params,
@@ -24,9 +27,6 @@ from optimizer_infos import (
 from ranger_cuda import Lookahead, RAdam, Ranger
 
 NAN, INF, TWO = math.nan, math.inf, 2.0
-OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
-each_fused = pytest.mark.parametrize("cls", [RAdam, ranger], ids=["RAdam", "Ranger"])
-each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)
 
 # option, value, error, message
 WRONG = [

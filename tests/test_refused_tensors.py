@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.nn import Parameter
@@ -11,20 +9,13 @@ from torch.nn import Parameter
 from optimizer_infos import (
     assert_refuses,
     each_info,
-    lookahead_radam,
+    each_own,
     random_params,
-    ranger,
     same,
     set_grads,
     snapshot,
     train,
 )
-from ranger_cuda import RAdam
-
-NAN, INF, TWO = math.nan, math.inf, 2.0
-OWN = {"RAdam": RAdam, "Ranger": ranger, "Lookahead": lookahead_radam}
-each_fused = pytest.mark.parametrize("cls", [RAdam, ranger], ids=["RAdam", "Ranger"])
-each_own = pytest.mark.parametrize("cls", OWN.values(), ids=OWN)
 
 
 def assert_refused_unchanged(optimizer, params, error, message, steps_before=0):

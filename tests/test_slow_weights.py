@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from helpers import assert_same_bits
+from helpers import assert_same_bits, parameters
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.step.native import StepInputs
 
@@ -16,20 +16,7 @@ from ranger_cuda.step.native import StepInputs
 @pytest.fixture(params=["Ranger", "Lookahead"])
 def stepped(request):
     """An optimizer in mid-cycle, with parameters of every kind, one of them not stepped yet."""
-    values = torch.tensor([1.5, -0.0, float("nan"), float("inf"), 1e-45, 3.0])
-    tensors = [
-        values,
-        values.double(),
-        values.bfloat16(),
-        values.half(),
-        torch.complex(values, values.flip(0)),
-        torch.randn(4, 6)[:, ::2],
-        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
-        torch.randn(()),
-        torch.randn(0, 3),
-        torch.randn(5),
-    ]
-    params = [torch.nn.Parameter(t) for t in tensors]
+    params = parameters()
     optimizer = (
         Ranger(params, lr=0.1, k=4)
         if request.param == "Ranger"

@@ -27,16 +27,13 @@ RANGER_HOST_DEVICE uint32_t folded(uint32_t x, uint32_t factor) {
 
 constexpr uint32_t kFirstFactor = 0xd2511f53u;
 
-// 16 random bits for each element of a stream.
+// A word for each element of a stream, which has the 16 bits of it from `shift` on.
 struct RandomBits {
   uint32_t counter, key, factor;
   int32_t shift;
 
   RANGER_HOST_DEVICE uint32_t word_of(uint32_t position) const {
     return folded(folded(position ^ counter, kFirstFactor) ^ key, factor);
-  }
-  RANGER_HOST_DEVICE uint32_t of(uint32_t position) const {
-    return word_of(position) >> shift & 0xffff;
   }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..state import eval_mode
 from ..step.slow_weights import SlowWeights
 from .missing import stand_in
 
@@ -53,7 +54,10 @@ class SlowWeightsCallback(_base()):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Slow weights where Lightning saves in the middle of training."""
-        evaluating = [each.param_groups[0]["eval_mode"] for each in _with_slow_weights(trainer)]
+        evaluating = [
+            eval_mode.is_on(each.param_groups, each._options)
+            for each in _with_slow_weights(trainer)
+        ]
         if trainer.state.fn != "fit" or all(evaluating):
             return
         _evaluate(trainer, pl_module)
@@ -84,5 +88,5 @@ def _with_slow_weights(trainer: Any) -> list[SlowWeights]:
     return [
         each
         for each in trainer.optimizers
-        if isinstance(each, SlowWeights) and "eval_mode" in each.param_groups[0]
+        if isinstance(each, SlowWeights) and eval_mode.has_opted_in(each._options)
     ]

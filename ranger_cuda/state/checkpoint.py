@@ -53,7 +53,7 @@ def shield_state(
         RuntimeError: a state has no memory. Nothing has been changed in either case.
     """
     params = parameters(state_dict, optimizer.param_groups)
-    eval_mode.check_saved(state_dict, params, getattr(optimizer, "_options", {}))
+    eval_mode.check_saved(state_dict, getattr(optimizer, "_options", {}))
     lookahead = "slow_param" in names
     foreign = []
     groups = []

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from .tensors import shown
 
 KEY = "eval_mode"  # of every group of an optimizer that opted in: loaders go by the keys they find
@@ -35,13 +33,10 @@ def is_on(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> bool:
     return has_opted_in(options) and any(group.get(KEY) for group in groups)
 
 
-def check_saved(
-    state_dict: dict[str, Any], params: Mapping[Any, Tensor], options: Mapping[str, Any]
-) -> None:
+def check_saved(state_dict: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Raise if a checkpoint was saved in eval mode and cannot be resumed.
 
     Args:
-        params: the optimizer's parameters by what the checkpoint calls them.
         options: the optimizer's.
 
     Raises:
