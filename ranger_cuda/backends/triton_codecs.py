@@ -160,23 +160,11 @@ def joined(high, low):
     return value_of(bits + low.to(tl.uint32, bitcast=True))
 
 
-@triton.jit
-def shortened(value, least, DROPPED: tl.constexpr, random):
-    """The magnitude of ``value`` in a smaller type, rounded stochastically: exponent, fraction.
-
-    ``least``: the bits of the type's smallest normal number, a power of two. Its exponent becomes
-    1; below it lie fixed-point numbers, which adding it makes of them.
-    """
-    magnitude = bits_of(value) & MAGNITUDE
-    fixed = bits_of(value_of(magnitude) + value_of(least)) - least
-    normal = magnitude - least + LEAST_NORMAL
-    return (tl.where(magnitude < least, fixed, normal) + random) >> DROPPED
-
-
 # --- small floats of which a group shares a power of two -----------------------------------------
 
 NOT_FINITE = tl.constexpr(255)  # the scale of a group with an infinity or NaN
 LARGEST_EXPONENT = tl.constexpr(6)  # of a group's largest, so that it can be rounded up
+LARGEST_FACTOR = tl.constexpr(126)  # the exponent of a power of two whose inverse is normal, too
 CODE, CODE_SIGN = tl.constexpr(0x7F), tl.constexpr(0x80)  # of GroupedSigned
 # Codes in a group that is not finite: there 0 is 0, and for GroupedSigned all that is finite.
 SIGNED_INFINITY, SIGNED_NAN = tl.constexpr(1), tl.constexpr(2)
@@ -218,23 +206,31 @@ def scales_of(magnitudes):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """A float32, of -126 to 127."""
+    return value_of((exponent + 127) << FRACTION)
+
+
+@triton.jit
 def code_of(value, scale, random, CODEC: tl.constexpr):
-    """Exponent and fraction. 16 random bits, and a half of their last, are as many as dropped."""
-    DROPPED: tl.constexpr = dropped(CODEC)
-    LOWEST: tl.constexpr = DROPPED - 16
-    random = (random << LOWEST) + (1 << (LOWEST - 1))
-    return shortened(value, (scale + 1) << FRACTION, DROPPED, random)
+    """Exponent and fraction. 16 random bits, and a half of their last, are as many as dropped.
+
+    In multiples of 2^scale: float32 has fixed-point numbers itself below its normal ones. 2^-scale
+    may have to be two factors; what the first rounds, the second makes 0.
+    """
+    LOWEST: tl.constexpr = dropped(CODEC) - 16
+    most = tl.minimum(scale, LARGEST_FACTOR)
+    magnitude = value_of(bits_of(value) & MAGNITUDE) * power_of_two(most - scale)
+    code = bits_of(magnitude * power_of_two(0 - most))
+    return (code + (random << LOWEST) + (1 << (LOWEST - 1))) >> dropped(CODEC)
 
 
 @triton.jit
 def magnitude_of(code, scale, CODEC: tl.constexpr):
     """The number that a code stands for."""
-    DROPPED: tl.constexpr = dropped(CODEC)
-    bits = code << DROPPED
-    least = (scale + 1) << FRACTION
-    fixed = value_of(bits + least) - value_of(least)
-    normal = value_of(bits + (scale << FRACTION))
-    return tl.where(bits < LEAST_NORMAL, fixed, normal)
+    most = tl.minimum(scale, LARGEST_FACTOR)
+    bits = code << dropped(CODEC)
+    return value_of(bits) * power_of_two(most) * power_of_two(scale - most)
 
 
 @triton.jit
@@ -267,18 +263,17 @@ def decode_group(stored, scale, CODEC: tl.constexpr):
 def encode_group(value, scale, random, CODEC: tl.constexpr):
     """Codes of what ``coded`` returned. Beside an infinity or NaN they say who it is."""
     bits, scale = bits_of(value), scale.to(tl.uint32)
-    infinite = (bits & MAGNITUDE) == INFINITY
+    magnitude = bits & MAGNITUDE
     code = code_of(value, scale, random, CODEC)
     if CODEC == "GroupedSigned":
-        other = tl.where(is_nan(bits), SIGNED_NAN, tl.where(infinite, SIGNED_INFINITY, 0))
-        sign = tl.where(is_nan(bits), 0, (bits >> 24) & CODE_SIGN)  # NaN's is no promise
-        code = tl.where(scale == NOT_FINITE, other, code) | sign
+        other = tl.where(magnitude == INFINITY, SIGNED_INFINITY, 0)
+        code = tl.where(scale == NOT_FINITE, other, code) | ((bits >> 24) & CODE_SIGN)
+        code = tl.where(is_nan(bits), SIGNED_NAN, code)  # whose sign is nobody's promise
     else:
-        other = tl.where(infinite, ROOT_INFINITY, ROOT_FINITE)
-        other = tl.where(is_nan(bits), ROOT_NAN, other)
+        other = tl.where(magnitude == INFINITY, ROOT_INFINITY, 0)
         code = tl.where(scale == NOT_FINITE, other, code)
-        code = tl.where(code == 0, 1, code)  # what is above 0 stays there
-        code = tl.where((bits & MAGNITUDE) == 0, 0, code)
+        code = tl.maximum(code, tl.minimum(magnitude, ROOT_FINITE))  # what is above 0 stays there
+        code = tl.where(is_nan(bits), ROOT_NAN, code)
     return code.to(tl.uint8)
 
 
@@ -341,8 +336,13 @@ def encode(value, random, CODEC: tl.constexpr):
 def stochastic_float16(value, random):
     """Rounded to infinity from the largest on."""
     bits = bits_of(value)
-    least = bits * 0 + FLOAT16_LEAST
-    narrow = shortened(value, least, FLOAT16_DROPPED, random >> (16 - FLOAT16_DROPPED))
+    magnitude = bits & MAGNITUDE
+    # Below float16's normal numbers lie fixed-point ones, which adding its least makes of them.
+    least = value_of(bits * 0 + FLOAT16_LEAST)
+    fixed = bits_of(value_of(magnitude) + least) - FLOAT16_LEAST
+    normal = magnitude - (FLOAT16_LEAST - LEAST_NORMAL)
+    narrow = tl.where(magnitude < FLOAT16_LEAST, fixed, normal)
+    narrow = (narrow + (random >> (16 - FLOAT16_DROPPED))) >> FLOAT16_DROPPED
     finite = is_finite(bits) & (narrow < FLOAT16_INFINITY)
     narrow = tl.where(finite, narrow, FLOAT16_INFINITY)
     narrow = tl.where(is_nan(bits), FLOAT16_NAN, narrow)

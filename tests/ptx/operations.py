@@ -6,6 +6,7 @@ Floating-point arithmetic is listed only where it rounds once, to nearest, and k
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,9 +56,9 @@ def arithmetic() -> Iterator[tuple[str, Operation]]:
         yield f"rem.{t}", Operation("remainder({0}, {1})", (t, t), t)
         for name in ("min", "max"):
             yield f"{name}.{t}", Operation(f"std::{name}({{0}}, {{1}})", (t, t), t)
-    for name in ("min", "max"):
-        code = f"half_by_half({{0}}, {{1}}, [](s16 a, s16 b) {{{{ return std::{name}(a, b); }}}})"
-        yield f"{name}.s16x2", Operation(code, ("b32", "b32"), "b32")
+    for name, t in itertools.product(("min", "max"), ("s16", "u16")):
+        code = f"half_by_half({{0}}, {{1}}, []({t} a, {t} b) {{{{ return std::{name}(a, b); }}}})"
+        yield f"{name}.{t}x2", Operation(code, ("b32", "b32"), "b32")
     for t, w in WIDER.items():
         yield f"mul.wide.{t}", Operation(f"{w}({{0}}) * {w}({{1}})", (t, t), w)
         yield f"mad.wide.{t}", Operation(f"{w}({{0}}) * {w}({{1}}) + {{2}}", (t, t, w), w)
