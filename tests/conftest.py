@@ -1,8 +1,8 @@
 """Property-based tests: no deadlines, for busy machines; the same examples every time in CI.
 
 ``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that take too long for each
-change, and that only ``make ptx`` runs: translated PTX beyond one architecture's parity, and what
-Triton's interpreter, slower than that by far, only repeats. `make quick` leaves out those that are
+change, and that only ``make ptx`` runs: translated PTX beyond one architecture's parity, what
+Triton's interpreter, slower than that by far, only repeats, and experiments. `make quick` leaves out those that are
 ``slow``."""
 
 import gc

@@ -123,7 +123,13 @@ def test_steps_are_the_reference_s_at_any_alignment_and_stay_within_their_memory
     check(target.backend, bounded=target.backend == "cuda")  # Triton's tables are torch's memory
 
 
-@pytest.mark.parametrize("name", DEFECTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("packs_too_many", "no_sync") else pytest.mark.ptx)
+        for name in DEFECTS
+    ],
+)
 def test_a_planted_defect_of_the_kernels_is_found(cuda, tmp_path, name):
     defect = DEFECTS[name]
     csrc = tmp_path / "csrc"
@@ -139,7 +145,11 @@ def test_a_planted_defect_of_the_kernels_is_found(cuda, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("option", "evidence"), [("-fmad=true", r"^(add|mul)\.f(32|64) "), ("-ftz=true", r"\.ftz\.")]
+    ("option", "evidence"),
+    [
+        ("-fmad=true", r"^(add|mul)\.f(32|64) "),
+        pytest.param("-ftz=true", r"\.ftz\.", marks=pytest.mark.ptx),
+    ],
 )
 def test_arithmetic_that_rounds_otherwise_is_refused(option, evidence):
     with pytest.raises(Untranslatable, match=evidence):
