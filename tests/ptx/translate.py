@@ -154,8 +154,9 @@ class Kernel:
             for name in elements(registers[2]):
                 several = re.fullmatch(r"(%\w+)<(\d+)>", name)
                 names = [f"{several[1]}{i}" for i in range(int(several[2]))] if several else [name]
-                if self._registers.keys() & {*names}:
-                    raise Untranslatable(f"{statement}, once more")
+                # Blocks may have registers of the same name, each written before it is read.
+                if {self._registers.get(name, registers[1]) for name in names} != {registers[1]}:
+                    raise Untranslatable(f"{statement}, of another type before")
                 self._registers.update(dict.fromkeys(names, registers[1]))
         elif shared := re.fullmatch(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", statement):
             begin = self._shared_size + -self._shared_size % int(shared[1])
