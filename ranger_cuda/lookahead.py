@@ -38,18 +38,21 @@ class Lookahead(SlowWeights, Optimizer):
     Args:
         optimizer: the inner optimizer.
         k: the Lookahead period, in optimizer steps; at least 1.
-        alpha: the interpolation factor, in [0, 1].
+        alpha: the interpolation factor, in [0, 1]; with ``outer_momentum`` the outer learning rate.
+        outer_momentum: the momentum of slow weights, in [0, 1); 0: none. See :class:`Ranger`.
+        outer_nesterov: whether it is Nesterov's.
         backend: of the interpolation: "cuda", "triton", "cpu", "reference", or None: the fastest
             that serves a parameter's device and dtype here.
         eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
             weights into the parameters and take them out again. Without it they do nothing.
 
-    A parameter group may set ``lookahead_k`` and ``lookahead_alpha`` for itself (``alpha`` alone
-    is a hyperparameter of other optimizers).
+    A parameter group may set ``lookahead_k``, ``lookahead_alpha`` (``alpha`` alone is a
+    hyperparameter of other optimizers), ``outer_momentum`` and ``outer_nesterov`` for itself.
 
     State of a parameter: the inner optimizer's, ``slow_param`` (the parameter's shape; float32 for
-    low-precision parameters) and ``lookahead_step`` (float32 scalar). ``slow_param``
-    starts as the parameter before its first update.
+    low-precision parameters) and ``lookahead_step`` (float32 scalar), and with ``outer_momentum``
+    ``outer_momentum_buffer`` (the parameter's shape; float32 likewise). ``slow_param`` starts as
+    the parameter before its first update.
 
     Raises:
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
@@ -77,6 +80,8 @@ class Lookahead(SlowWeights, Optimizer):
         k: int = 6,
         alpha: float = 0.5,
         *,
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = True,
         backend: support.BackendName | None = None,
         eval_with_slow_weights: bool = False,
     ) -> None:
@@ -95,7 +100,7 @@ class Lookahead(SlowWeights, Optimizer):
                 f"{type(optimizer).__name__} has Lookahead already; wrap RAdam or another optimizer"
             )
         support.check_backend(backend)
-        hyperparameters.check_lookahead(k, alpha)
+        hyperparameters.check_lookahead(k, alpha, outer_momentum, outer_nesterov)
         hyperparameters.check_choice(
             "eval_with_slow_weights", eval_with_slow_weights, (True, False)
         )
@@ -106,6 +111,8 @@ class Lookahead(SlowWeights, Optimizer):
                 "_options": {
                     "k": k,
                     "alpha": alpha,
+                    "outer_momentum": outer_momentum,
+                    "outer_nesterov": outer_nesterov,
                     "backend": backend,
                     "eval_with_slow_weights": eval_with_slow_weights,
                 },
@@ -127,9 +134,9 @@ class Lookahead(SlowWeights, Optimizer):
 
     def _complete_groups(self) -> None:
         for group in self.param_groups:
-            group.setdefault("lookahead_k", self._options["k"])
-            group.setdefault("lookahead_alpha", self._options["alpha"])
-            hyperparameters.check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
+            for name, option in hyperparameters.LOOKAHEAD.items():
+                group.setdefault(name, self._options[option])
+            self._check_group(group)
         eval_mode.mark(self.param_groups, self._options)
 
     # --- the inner optimizer's, under this one's name -------------------------------------------
@@ -174,8 +181,10 @@ class Lookahead(SlowWeights, Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         hyperparameters.check_lookahead(
-            group.get("lookahead_k", self._options["k"]),
-            group.get("lookahead_alpha", self._options["alpha"]),
+            *(
+                group.get(n, self._options[option])
+                for n, option in hyperparameters.LOOKAHEAD.items()
+            )
         )
 
     def __repr__(self) -> str:

@@ -45,6 +45,12 @@ class Ranger(SlowWeights, FusedOptimizer):
         k: the Lookahead period, in optimizer steps; at least 1.
         alpha: the Lookahead interpolation factor, in [0, 1]. With 1 the result is RAdam's; with 0
             the parameter returns to its first value at each sync.
+        outer_momentum: the momentum of slow weights, in [0, 1); 0: none. Above 0 a sync is
+            a step of ``torch.optim.SGD(lr=alpha, momentum=outer_momentum,
+            nesterov=outer_nesterov)`` on the slow weight, whose gradient is the slow weight less
+            the parameter: SNOO (Kallusky et al., arXiv:2510.15830, Algorithm 1), and on one worker
+            DiLoCo (Douillard et al., arXiv:2311.08105).
+        outer_nesterov: whether it is Nesterov's momentum.
         decoupled_weight_decay: True: the parameter is multiplied by ``1 - lr * weight_decay``
             (Loshchilov and Hutter, arXiv:1711.05101). False: ``weight_decay * p`` is added to the
             gradient (L2).
@@ -87,7 +93,8 @@ class Ranger(SlowWeights, FusedOptimizer):
 
     State of a parameter: ``step`` (float32 scalar, on the CPU or where the kernels run),
     ``exp_avg``, ``exp_avg_sq`` and ``slow_param`` (the parameter's shape): 12 bytes a float32
-    parameter, where AdamW has 8. ``slow_param`` starts as the parameter before its first update.
+    parameter, where AdamW has 8; with ``outer_momentum`` ``outer_momentum_buffer`` as well
+    (float32, 4 bytes more). ``slow_param`` starts as the parameter before its first update.
     Beside a bfloat16 or float16 parameter it is float32, but stored as the parameter is where that
     is rounded stochastically (with ``slow_residual`` under "stochastic24").
 
@@ -123,6 +130,8 @@ class Ranger(SlowWeights, FusedOptimizer):
         *,
         k: int = 6,
         alpha: float = 0.5,
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = True,
         decoupled_weight_decay: bool = True,
         rho_threshold: float = 4.0,
         maximize: bool = False,
@@ -145,6 +154,8 @@ class Ranger(SlowWeights, FusedOptimizer):
             "weight_decay": weight_decay,
             "lookahead_k": k,
             "lookahead_alpha": alpha,
+            "outer_momentum": outer_momentum,
+            "outer_nesterov": outer_nesterov,
             "decoupled_weight_decay": decoupled_weight_decay,
             "rho_threshold": rho_threshold,
             "maximize": maximize,

@@ -2,8 +2,8 @@
 
 ``-m gpu`` selects the tests that run on a GPU. ``-m ptx`` selects those that take too long for each
 change, and that only ``make ptx`` runs: translated PTX beyond one architecture's parity, what
-Triton's interpreter, slower than that by far, only repeats, and experiments. `make quick` leaves out those that are
-``slow``."""
+Triton's interpreter, slower than that by far, only repeats, and experiments. `make quick` leaves
+out those that are ``slow``."""
 
 import gc
 import os

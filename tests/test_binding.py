@@ -17,7 +17,7 @@ from ranger_cuda.state.tensors import DTensor, first_of, plain, plain_grad
 from ranger_cuda.step.algorithms import RANGER
 
 HYPER = packed(
-    [Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 6, float("inf"), False, False)]
+    [Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 0.0, 6, float("inf"), False, False)]
 )
 EXCHANGE_API = torch.Tensor.__dlpack_c_exchange_api__
 
@@ -144,7 +144,7 @@ MISUSES = {
         EXCHANGE_API, ("a", "b"), "step", DTensor, plain, plain_grad, first_of
     ),
     "names that are no strings": lambda: Made().extension.Roster(
-        EXCHANGE_API, (1, 2, 3), "step", DTensor, plain, plain_grad, first_of
+        EXCHANGE_API, (1, 2, 3, 4), "step", DTensor, plain, plain_grad, first_of
     ),
     "another capsule": lambda: Made().extension.Roster(
         torch.ones(1).__dlpack__(), RANGER.streams, "step", DTensor, plain, plain_grad, first_of

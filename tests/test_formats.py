@@ -8,6 +8,7 @@ import torch
 from ranger_cuda import _C, Ranger
 from ranger_cuda.state import formats
 from ranger_cuda.state.formats import FORMATS
+from ranger_cuda.step.algorithms import RANGER
 
 
 def text(dtype):
@@ -77,7 +78,7 @@ def test_state_is_what_the_table_says(dtype, rounding, state_dtype, shape):
     )
     optimizer.step()
     state = optimizer.state[param]
-    parts = formats.of_param(param, rounding, state_dtype).parts()
+    parts = formats.of_param(param, rounding, state_dtype).parts(RANGER.streams_of({}))
     assert state.keys() == {"step", *(part.name for part in parts)}
     for part in parts:
         assert state[part.name].dtype == part.dtype_for(param), part

@@ -62,6 +62,8 @@ groups = st.fixed_dictionaries(
         "maximize": st.booleans(),
         "k": st.sampled_from([1, 2, 5, 6]),
         "alpha": st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]),
+        "outer_momentum": st.sampled_from([0.0, 0.5, 0.9]),
+        "outer_nesterov": st.booleans(),
     }
 )
 models = st.lists(
@@ -207,8 +209,8 @@ def test_a_lazily_conjugated_gradient_is_conjugated(target):
     assert_same(native, expected, a, b, "after a step")
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_lookahead_wrapper_is_the_reference_s(target, alpha):
+@pytest.mark.parametrize(("alpha", "momentum"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.9)])
+def test_the_lookahead_wrapper_is_the_reference_s(target, alpha, momentum):
     generator = torch.Generator().manual_seed(1)
     made = [
         spread(s, d, generator, 3)
@@ -217,8 +219,12 @@ def test_the_lookahead_wrapper_is_the_reference_s(target, alpha):
     ]
     made += [LAYOUTS[layout](torch.randn(4, 3, 2, 5)) for layout in PARAM_LAYOUTS]
     a, b = twins(made, target.move)
-    native = Lookahead(RAdam(a, backend=target.backend), k=3, alpha=alpha, backend=target.backend)
-    reference = Lookahead(RAdam(b, backend="reference"), k=3, alpha=alpha, backend="reference")
+    native, reference = (
+        Lookahead(
+            RAdam(params, backend=backend), 3, alpha, outer_momentum=momentum, backend=backend
+        )
+        for params, backend in ((a, target.backend), (b, "reference"))
+    )
     for step in range(10):
         gradients = [
             None if (i + step) % 5 == 4 else spread(p.shape, p.dtype, generator)

@@ -23,6 +23,7 @@ def hyper(**changed):
         "weight_decay": 0.0,
         "rho_threshold": 4.0,
         "alpha": 0.5,
+        "outer_momentum": 0.0,
         "k": 6,
         "max_grad_norm": math.inf,
         "decoupled_weight_decay": True,

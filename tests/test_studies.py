@@ -12,6 +12,7 @@ import torch
 from benchmarks import memory
 from ranger_cuda.state import formats
 from ranger_cuda.state.codecs import GROUP
+from ranger_cuda.step.algorithms import RANGER
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "docs/studies/eight_bit"
@@ -49,7 +50,7 @@ def test_measured_memory_is_what_the_formats_say():
     rows = {row["name"]: row["bytes"] for row in json.loads(path.read_text())["rows"]}
     for row in memory.ours():
         format = formats.of(row.dtype, **row.build.keywords)
-        streams = formats.MOMENTS if "RAdam" in row.name else formats.STREAMS
+        streams = formats.MOMENTS if "RAdam" in row.name else RANGER.streams_of({})
         parts = format.parts(streams)
         due = sum(p.dtype.itemsize / (GROUP if p.is_grouped else 1) for p in parts)
         assert rows[row.name] == pytest.approx(due, abs=1e-5)  # and a step count

@@ -247,6 +247,7 @@ def test_defaults_are_the_arguments_and_groups_override_them(cls):
     for group, values in zip(optimizer.param_groups, (optimizer.defaults, expected), strict=True):
         assert {key: value for key, value in group.items() if key != "params"} == values
     lookahead = {"lookahead_k", "lookahead_alpha"}
+    lookahead |= {"outer_momentum", "outer_nesterov"}
     assert set(optimizer.defaults) <= set(RAdam.__init__.__code__.co_varnames) | lookahead
     assert Ranger([a]).defaults["lookahead_k"] == 6
 

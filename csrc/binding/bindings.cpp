@@ -245,13 +245,13 @@ py::dict build_info() {
 }
 
 // The rows of RANGER_FORMATS: name, the arithmetic's dtype, and the codecs of param, exp_avg,
-// exp_avg_sq and slow_param.
+// exp_avg_sq, slow_param and outer_momentum_buffer.
 py::list format_rows() {
   py::list rows;
   for (const FormatInfo& format : kFormatInfos) {
     const auto name = [&](Stream stream) { return info_of(format.codecs[stream]).name; };
     rows.append(py::make_tuple(format.name, info_of(format.value).name, name(kParam), name(kExpAvg),
-                               name(kExpAvgSq), name(kSlowParam)));
+                               name(kExpAvgSq), name(kSlowParam), name(kOuterMomentumBuffer)));
   }
   return rows;
 }
@@ -290,6 +290,7 @@ py::dict table_layout() {
   layout["rectified"] = cuda::kRectified;
   layout["l2"] = cuda::kL2;
   layout["sync"] = cuda::kSync;
+  layout["outer"] = cuda::kOuter;
   return layout;
 }
 

@@ -42,14 +42,21 @@ void radam_chunk(const RadamArgs<T>& args) {
   }
 }
 
-template <typename T>
-void lookahead_chunk(const LookaheadArgs<T>& args) {
+template <typename T, bool kOuter>
+void lookahead_loop(const LookaheadArgs<T>& args) {
+  const Coefficients<T> c = args.c;
   T* __restrict__ p = args.p;
   T* __restrict__ slow = args.slow;
-  const T alpha = args.alpha;
+  T* __restrict__ b = args.b;
   for (int64_t i = 0; i < args.count; ++i) {
-    p[i] = slow[i] = ranger::lookahead(p[i], slow[i], alpha);
+    p[i] = slow[i] = kOuter ? ranger::outer_step(p[i], slow[i], b[i], c)
+                            : ranger::lookahead(p[i], slow[i], c.alpha);
   }
+}
+
+template <typename T>
+void lookahead_chunk(const LookaheadArgs<T>& args) {
+  args.b != nullptr ? lookahead_loop<T, true>(args) : lookahead_loop<T, false>(args);
 }
 
 template <typename T, typename Grad>

@@ -25,10 +25,11 @@ struct RadamArgs {
 
 template <typename T>
 struct LookaheadArgs {
+  const Coefficients<T>& c;
   int64_t count;
   T* p;
   T* slow;
-  T alpha;
+  T* b;  // outer_momentum_buffer; nullptr: no momentum
 };
 
 // Elements of a stream side by side, from the first of a group on.

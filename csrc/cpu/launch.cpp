@@ -192,11 +192,15 @@ void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now)
   const RandomKeys keys = random_keys(now.seed, row.place, now.step, false);
   RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
-    const Values<T> slow(row, chunk, kSlowParam);
-    args.sync = true;
+    const Values<T> slow(row, chunk, kSlowParam), b(row, chunk, kOuterMomentumBuffer);
+    args.sync = b.data() == nullptr;  // in the same pass
     args.slow = slow.data();
     kernels_of<T>().radam(args);
+    if (!args.sync) {
+      kernels_of<T>().lookahead({args.c, chunk.count, p.data(), slow.data(), b.data()});
+    }
     slow.write_back(words, keys.of_param());
+    b.write_back(words, {});
   } else {
     kernels_of<T>().radam(args);
   }
@@ -208,11 +212,13 @@ void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now)
 template <typename T>
 void run_lookahead(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
   const Values<T> p(row, chunk, kParam), slow(row, chunk, kSlowParam);
-  kernels_of<T>().lookahead({chunk.count, p.data(), slow.data(), of<T>(now).alpha});
+  const Values<T> b(row, chunk, kOuterMomentumBuffer);
+  kernels_of<T>().lookahead({of<T>(now), chunk.count, p.data(), slow.data(), b.data()});
   const RandomKeys keys = random_keys(now.seed, row.place, now.step, true);
   RandomWords words(row, chunk);
   p.write_back(words, keys.of_param());
   slow.write_back(words, keys.of_param());
+  b.write_back(words, {});
 }
 
 // Bits change places, not values.

@@ -111,8 +111,9 @@ struct ScheduleKernel {
       l2 = scalars.f32.weight_decay != 0.0f;
     }
     const bool sync = now.sync && row.data[kSlowParam] != nullptr;
-    scalars.flags =
-        kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) | (sync ? kSync : 0);
+    const bool outer = sync && row.data[kOuterMomentumBuffer] != nullptr;
+    scalars.flags = kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) |
+                    (sync ? kSync : 0) | (outer ? kOuter : 0);
     scalars.keys = random_keys(hyper.seed, row.place, step, header.is_pull != 0);
     *count = static_cast<float>(step);
   }
@@ -128,12 +129,13 @@ struct Streams {
   Memory<typename Format::ExpAvg, Value> m;
   Memory<typename Format::ExpAvgSq, Value> v;
   Memory<typename Format::SlowParam, Value> slow;
+  Memory<typename Format::OuterMomentumBuffer, Value> b;
 };
 
 template <typename T>
 struct Update {
   Coefficients<T> c;
-  bool l2, rectified, sync;
+  bool l2, rectified, sync, outer;
 };
 
 // Moves `kCount` packs from element `first` on, kThreads of them apart, as far as they lie before
@@ -158,7 +160,7 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
     for (int j = 0; j < kWidth; ++j) {
       Element<T> x = radam(Element<T>{p[n].values[j], m[n].values[j], v[n].values[j]},
                            g[n].values[j], u.c, u.l2, u.rectified);
-      if (u.sync) x.p = slow[n].values[j] = lookahead(x.p, slow[n].values[j], u.c.alpha);
+      if (u.sync && !u.outer) x.p = lookahead(x.p, slow[n].values[j], u.c.alpha);
       p[n].values[j] = x.p;
       m[n].values[j] = x.m;
       v[n].values[j] = x.v;
@@ -167,11 +169,22 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
   RANGER_UNROLL()
   for (int n = 0; n < kCount; ++n) {
     const int i = first + n * kApart;
+    if (!u.outer || i >= end) continue;
+    Pack<T, kWidth> b = s.b.template load<kWidth>(i);  // where there are registers to spare
+    RANGER_UNROLL()
+    for (int j = 0; j < kWidth; ++j) {
+      p[n].values[j] = outer_step(p[n].values[j], slow[n].values[j], b.values[j], u.c);
+    }
+    s.b.store(i, b);
+  }
+  RANGER_UNROLL()
+  for (int n = 0; n < kCount; ++n) {
+    const int i = first + n * kApart;
     if (i >= end) continue;
     s.p.store(i, p[n]);
     s.m.store(i, m[n]);
     s.v.store(i, v[n]);
-    if (u.sync) s.slow.store(i, slow[n]);
+    if (u.sync) s.slow.store(i, p[n]);
   }
 }
 
@@ -212,14 +225,15 @@ struct RadamKernel {
     if (!(flags & kActive)) return;
     const DeviceRow& row = staged.row;
     const Update<T> u{coefficients_of<T>(staged.scalars), (flags & kL2) != 0,
-                      (flags & kRectified) != 0, (flags & kSync) != 0};
+                      (flags & kRectified) != 0, (flags & kSync) != 0, (flags & kOuter) != 0};
     const Span span = span_of(chunk, row.numel);
-    const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow) {
+    const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow, int64_t b) {
       return Streams<Format>{{row.data[kParam], p},
                              {staged.scalars.grad, g, static_cast<DType>(row.grad_dtype)},
                              {row.data[kExpAvg], m},
                              {row.data[kExpAvgSq], v},
-                             {row.data[kSlowParam], slow}};
+                             {row.data[kSlowParam], slow},
+                             {row.data[kOuterMomentumBuffer], b}};
     };
     if constexpr (kStrided) {
       RANGER_UNROLL(1)
@@ -228,12 +242,13 @@ struct RadamKernel {
           return strided_offset(row.layout, stream, span.begin + i);
         };
         const Streams<Format> s =
-            from(at(kParam), at(kGrad), at(kExpAvg), at(kExpAvgSq), u.sync ? at(kSlowParam) : 0);
+            from(at(kParam), at(kGrad), at(kExpAvg), at(kExpAvgSq), u.sync ? at(kSlowParam) : 0,
+                 u.outer ? at(kOuterMomentumBuffer) : 0);
         update<1, 1>(s, 0, 1, u);
       }
     } else {
       const int64_t begin = span.begin;
-      const Streams<Format> s = from(begin, begin, begin, begin, begin);
+      const Streams<Format> s = from(begin, begin, begin, begin, begin, begin);
       for_each_pack<Format::kPackWidth, kPacksOf<T>>(thread, span.count, RadamBody<Format>{s, u});
     }
   }
@@ -241,8 +256,8 @@ struct RadamKernel {
 
 // --- parameters and slow weights alone -----------------------------------------------------------
 
-// `Move` has `applies(staged)`, and `apply(p, slow, alpha)`, which sets both.
-// `A`: the type of alpha.
+// `Move` has `applies(staged)`, whether there is outer momentum, and `apply(p, slow, b, c, outer)`,
+// which sets all three. `A`: the type of the coefficients.
 template <class Codec, typename T, typename A, int kPackWidth, bool kStrided, class Move>
 struct SlowKernel {
   using Args = StepArgs;
@@ -252,27 +267,33 @@ struct SlowKernel {
   struct Body {
     Memory<Codec, T> p;
     Memory<Codec, T> slow;
-    A alpha;
+    Memory<Codec, T> b;
+    const Coefficients<A>& c;
+    bool outer;
 
     template <int kWidth, int kCount>
     RANGER_HOST_DEVICE void at(int first, int end) const {
       constexpr int kApart = kThreads * kWidth;
-      Pack<T, kWidth> a[kCount] = {}, b[kCount] = {};
+      Pack<T, kWidth> of_p[kCount] = {}, of_slow[kCount] = {}, of_b[kCount] = {};
       RANGER_UNROLL()
       for (int n = 0; n < kCount; ++n) {
         const int i = first + n * kApart;
         if (i >= end) continue;
-        a[n] = p.template load<kWidth>(i);
-        b[n] = slow.template load<kWidth>(i);
+        of_p[n] = p.template load<kWidth>(i);
+        of_slow[n] = slow.template load<kWidth>(i);
+        if (outer) of_b[n] = b.template load<kWidth>(i);
       }
       RANGER_UNROLL()
       for (int n = 0; n < kCount; ++n) {
         const int i = first + n * kApart;
         if (i >= end) continue;
         RANGER_UNROLL()
-        for (int j = 0; j < kWidth; ++j) Move::apply(a[n].values[j], b[n].values[j], alpha);
-        p.store(i, a[n]);
-        slow.store(i, b[n]);
+        for (int j = 0; j < kWidth; ++j) {
+          Move::apply(of_p[n].values[j], of_slow[n].values[j], of_b[n].values[j], c, outer);
+        }
+        p.store(i, of_p[n]);
+        slow.store(i, of_slow[n]);
+        if (outer) b.store(i, of_b[n]);
       }
     }
   };
@@ -284,9 +305,13 @@ struct SlowKernel {
     if (!Move::applies(staged)) return;
     const DeviceRow& row = staged.row;
     const Span span = span_of(chunk, row.numel);
-    const A alpha = coefficients_of<A>(staged.scalars).alpha;
-    const auto from = [&](int64_t p, int64_t slow) {
-      return Body{{row.data[kParam], p}, {row.data[kSlowParam], slow}, alpha};
+    const bool outer = Move::has_momentum(staged);
+    const auto from = [&](int64_t p, int64_t slow, int64_t b) {
+      return Body{{row.data[kParam], p},
+                  {row.data[kSlowParam], slow},
+                  {row.data[kOuterMomentumBuffer], b},
+                  coefficients_of<A>(staged.scalars),
+                  outer};
     };
     if constexpr (kStrided) {
       RANGER_UNROLL(1)
@@ -294,10 +319,12 @@ struct SlowKernel {
         const auto at = [&](int stream) {
           return strided_offset(row.layout, stream, span.begin + i);
         };
-        from(at(kParam), at(kSlowParam)).template at<1, 1>(0, 1);
+        from(at(kParam), at(kSlowParam), outer ? at(kOuterMomentumBuffer) : 0)
+            .template at<1, 1>(0, 1);
       }
     } else {
-      for_each_pack<kPackWidth, kPacksOf<A>>(thread, span.count, from(span.begin, span.begin));
+      const int64_t begin = span.begin;
+      for_each_pack<kPackWidth, kPacksOf<A>>(thread, span.count, from(begin, begin, begin));
     }
   }
 };
@@ -307,9 +334,12 @@ struct Interpolation {
   RANGER_HOST_DEVICE static bool applies(const StagedRow& staged) {
     return (staged.scalars.flags & kSync) != 0;
   }
+  RANGER_HOST_DEVICE static bool has_momentum(const StagedRow& staged) {
+    return (staged.scalars.flags & kOuter) != 0;
+  }
   template <typename T>
-  RANGER_HOST_DEVICE static void apply(T& p, T& slow, T alpha) {
-    p = slow = lookahead(p, slow, alpha);
+  RANGER_HOST_DEVICE static void apply(T& p, T& slow, T& b, const Coefficients<T>& c, bool outer) {
+    p = slow = outer ? outer_step(p, slow, b, c) : lookahead(p, slow, c.alpha);
   }
 };
 
@@ -318,8 +348,9 @@ struct Swap {
   RANGER_HOST_DEVICE static bool applies(const StagedRow& staged) {
     return staged.row.data[kSlowParam] != nullptr;
   }
+  RANGER_HOST_DEVICE static bool has_momentum(const StagedRow&) { return false; }
   template <typename T, typename A>
-  RANGER_HOST_DEVICE static void apply(T& p, T& slow, A) {
+  RANGER_HOST_DEVICE static void apply(T& p, T& slow, T&, const Coefficients<A>&, bool) {
     const T kept = p;
     p = slow;
     slow = kept;

@@ -77,10 +77,20 @@ RANGER_HOST_DEVICE Values load_slow(const Place<Thread>& at) {
 
 // Loaded when there are registers to spare, and not with all else.
 template <class Parameters, template <typename> class Elements, class Thread>
-RANGER_HOST_DEVICE void pull(const Place<Thread>& at, Values& p, float alpha) {
+RANGER_HOST_DEVICE void pull(const Place<Thread>& at, Values& p, const RowScalars& scalars) {
+  const Coefficients<float>& c = scalars.f32;
   const Values slow = load_slow<Parameters, Elements>(at);
+  if (scalars.flags & kOuter) {
+    Values b = decode(fetch<Plain<float>, Elements>(at, kOuterMomentumBuffer));
+    RANGER_UNROLL()
+    for (int j = 0; j < kPack; ++j) {
+      p.values[j] = outer_step(p.values[j], slow.values[j], b.values[j], c);
+    }
+    store<Plain<float>, Elements>(at, kOuterMomentumBuffer, b, Words(at, {}));
+    return;
+  }
   RANGER_UNROLL()
-  for (int j = 0; j < kPack; ++j) p.values[j] = lookahead(p.values[j], slow.values[j], alpha);
+  for (int j = 0; j < kPack; ++j) p.values[j] = lookahead(p.values[j], slow.values[j], c.alpha);
 }
 
 // `sync`: the slow weight, too, is the same value.
@@ -153,7 +163,7 @@ struct WideRadamKernel {
         m.values[j] = x.m;
         v.values[j] = kIsRoot<typename Format::ExpAvgSq> ? x.root : x.v;
       }
-      if (sync) pull<Parameters, Elements>(at, p, c.alpha);
+      if (sync) pull<Parameters, Elements>(at, p, staged.scalars);
       store_param<Parameters, Elements>(at, p, sync, keys);
       Words random(at, keys.of_exp_avg());
       store<typename Format::ExpAvg, Elements>(at, kExpAvg, m, random);
@@ -175,12 +185,11 @@ struct LowInterpolationKernel {
     const ChunkRef chunk = args.tables.chunks[thread.block()];
     stage(thread, args.tables, chunk.row, staged);
     if (!Interpolation::applies(staged)) return;
-    const float alpha = staged.scalars.f32.alpha;
     const Span span = span_of(chunk, staged.row.numel);
     for_each_place(thread, staged.row, span, [&](const Place<Thread>& at) {
       Values p =
           decode_param<LowParameters>(staged.row.codec, fetch_param<LowParameters, Elements>(at));
-      pull<LowParameters, Elements>(at, p, alpha);
+      pull<LowParameters, Elements>(at, p, staged.scalars);
       store_param<LowParameters, Elements>(at, p, true, staged.scalars.keys);
     });
   }

@@ -9,7 +9,7 @@ namespace ranger {
 
 // The tensors that belong to one parameter: its streams, and beside each the rest of it, if its
 // codec has one.
-enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kStreams };
+enum Stream : int { kParam, kGrad, kExpAvg, kExpAvgSq, kSlowParam, kOuterMomentumBuffer, kStreams };
 constexpr int kRestOf = kStreams;  // kRestOf + kParam: the rest of the parameter, and so on
 constexpr int kTensors = 2 * kStreams;
 
@@ -32,6 +32,7 @@ struct Format {
   using ExpAvg = ExpAvg_;
   using ExpAvgSq = ExpAvgSq_;
   using SlowParam = typename SnapshotOf<Param>::Codec;
+  using OuterMomentumBuffer = Plain<Value>;
   static constexpr int kPackWidth = kPackWidth_;
 };
 
@@ -98,7 +99,8 @@ constexpr FormatInfo format_info(const char* name) {
   return {name,
           kDTypeOf<typename F::Value>,
           {kCodecOf<typename F::Param>, CodecId::kCount, kCodecOf<typename F::ExpAvg>,
-           kCodecOf<typename F::ExpAvgSq>, kCodecOf<typename F::SlowParam>}};
+           kCodecOf<typename F::ExpAvgSq>, kCodecOf<typename F::SlowParam>,
+           kCodecOf<typename F::OuterMomentumBuffer>}};
 }
 constexpr FormatInfo kFormatInfos[] = {
 #define RANGER_INFO(name, text, ...) format_info<formats::name>(text),

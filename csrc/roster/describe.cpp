@@ -158,8 +158,13 @@ bool Roster::look_at_all(Mover& mover, Described& found) {
 }
 
 Roster::Outcome Roster::describe(Mover& mover) {
+  const bool has_outer_momentum = have_outer_momentum_[members_[mover.position].group];
+  if (!has_outer_momentum) mover.items[kOuterMomentumBuffer] = nullptr;
   for (int i = 0; i < kNamed; ++i) {
-    if (!names_[i].is_none() && mover.items[kItemOf[i]] == nullptr) return Outcome::kNeedsPython;
+    const int item = kItemOf[i];
+    const bool is_needed =
+        !names_[i].is_none() && (item != kOuterMomentumBuffer || has_outer_momentum);
+    if (is_needed && mover.items[item] == nullptr) return Outcome::kNeedsPython;
   }
   Described found;
   if (mover.is_refused || !look_at_all(mover, found)) {

@@ -24,9 +24,11 @@ bool same_name(PyObject* a, PyObject* b) {
 void Roster::enlist(const py::sequence& param_groups) {
   static PyObject* const kParams = interned("params");
   static PyObject* const kRounding = interned("weight_rounding");
+  static PyObject* const kOuterMomentum = interned("outer_momentum");
   const py::object groups = as_tuple(param_groups.ptr());
   group_count_ = static_cast<int32_t>(PyTuple_GET_SIZE(groups.ptr()));
   weight_roundings_.assign(group_count_, std::string());
+  have_outer_momentum_.assign(group_count_, false);
   bool same = true;
   size_t at = 0;
   for (int32_t group = 0; group < group_count_; ++group) {
@@ -37,6 +39,12 @@ void Roster::enlist(const py::sequence& param_groups) {
     PyObject* const rounding = PyDict_GetItemWithError(options, kRounding);
     if (rounding != nullptr && PyUnicode_Check(rounding)) {
       weight_roundings_[group] = py::handle(rounding).cast<std::string>();
+    }
+    PyObject* const momentum = PyDict_GetItemWithError(options, kOuterMomentum);
+    if (momentum != nullptr) {
+      const int has = PyObject_IsTrue(momentum);
+      if (has < 0) throw py::error_already_set();
+      have_outer_momentum_[group] = has != 0;
     }
     const py::object params = as_array(named, "a group's params must be a list");
     for (int32_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++at) {

@@ -60,7 +60,9 @@ Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py:
     throw py::type_error("dtensor must be a type of tensors");
   }
   if (streams.size() != kNamed - 1) {
-    throw py::value_error("streams must be three: the names of exp_avg, exp_avg_sq and slow_param");
+    throw py::value_error(
+        "streams must be four: the names of exp_avg, exp_avg_sq, slow_param and "
+        "outer_momentum_buffer");
   }
   for (int i = 0; i < kNamed - 1; ++i) names_[i] = streams[i];
   names_[kNamed - 1] = std::move(step_name);

@@ -40,12 +40,13 @@ class Held {
 // read; at other times it keeps nothing.
 class Roster {
  public:
-  // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq and kSlowParam, None
-  // where the rule has none. `step_name`: that of the step count, a float32 scalar beside its
-  // parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`, a tensor's own memory as
-  // a real tensor; `plain_grad(param)`, likewise its gradient, where the kernels cannot read it as
-  // it is; `first_of(dtensor)`, where in the whole its shard's elements begin. None may hold the
-  // roster: Python's garbage collector does not see into it.
+  // `streams`: the names of the state tensors that are kExpAvg, kExpAvgSq, kSlowParam and
+  // kOuterMomentumBuffer, None where the rule has none; the last is that of groups whose
+  // "outer_momentum" is not 0, and does not count in others. `step_name`: that of the step count, a
+  // float32 scalar beside its parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`,
+  // a tensor's own memory as a real tensor; `plain_grad(param)`, likewise its gradient, where the
+  // kernels cannot read it as it is; `first_of(dtensor)`, where in the whole its shard's elements
+  // begin. None may hold the roster: Python's garbage collector does not see into it.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
          pybind11::object plain_grad, pybind11::object first_of);
@@ -101,11 +102,12 @@ class Roster {
  private:
   static constexpr int kItems = kTensors + 1;  // and the step count
   static constexpr int kStep = kTensors;
-  static constexpr int kNamed = 4;  // by the caller; those of what lies beside streams never differ
+  static constexpr int kNamed = 5;  // by the caller; those of what lies beside streams never differ
   static constexpr int kStateNames = kNamed + 5;
   static constexpr int kItemOf[kStateNames] = {kExpAvg,
                                                kExpAvgSq,
                                                kSlowParam,
+                                               kOuterMomentumBuffer,
                                                kStep,
                                                kRestOf + kParam,
                                                kRestOf + kParam,
@@ -179,6 +181,7 @@ class Roster {
   std::vector<Member> members_;
   std::vector<StateEntry> state_entries_;
   std::vector<std::string> weight_roundings_;  // of each group; empty: it has none
+  std::vector<bool> have_outer_momentum_;      // likewise
   int32_t group_count_ = 0;
   Rows rows_;
   WrittenMemory written_;

@@ -1,4 +1,4 @@
-// The update rule, once, for every kernel: RAdam, then Lookahead.
+// The update rule, once, for every kernel: RAdam, then Lookahead, with or without momentum.
 //
 // Only + - * / and the square root, each correctly rounded and in this order. Compile without
 // contraction (-ffp-contract=off, nvcc -fmad=false): a fused multiply-add rounds once where the
@@ -39,6 +39,16 @@ RANGER_HOST_DEVICE Element<T> radam(Element<T> x, T g, const Coefficients<T>& c,
 template <typename T>
 RANGER_HOST_DEVICE T lookahead(T p, T slow, T alpha) {
   return alpha == T(1) ? p : slow + alpha * (p - slow);
+}
+
+// Lookahead with momentum: SGD's step of the slow weight, whose gradient is the way back to it from
+// the fast one (SNOO, arXiv:2510.15830, Algorithm 1). `b`: outer_momentum_buffer.
+template <typename T>
+RANGER_HOST_DEVICE T outer_step(T p, T slow, T& b, const Coefficients<T>& c) {
+  const T d = slow - p;
+  b = c.outer_momentum * b + d;
+  const T u = c.outer_nesterov != T(0) ? d + c.outer_momentum * b : b;
+  return slow - c.alpha * u;
 }
 
 }  // namespace ranger

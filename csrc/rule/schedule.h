@@ -21,12 +21,14 @@ struct Hyperparameters {
   double beta2;
   double eps;
   double weight_decay;
-  double rho_threshold;  // rectify above this length of the approximated SMA
-  double alpha;          // Lookahead interpolation factor
-  int64_t k;             // Lookahead period in steps; 0: no Lookahead
-  double max_grad_norm;  // clip the gradients' total norm to this; infinity: no clipping
+  double rho_threshold;   // rectify above this length of the approximated SMA
+  double alpha;           // Lookahead interpolation factor
+  double outer_momentum;  // of the slow weights; 0: none
+  int64_t k;              // Lookahead period in steps; 0: no Lookahead
+  double max_grad_norm;   // clip the gradients' total norm to this; infinity: no clipping
   int64_t decoupled_weight_decay;
   int64_t maximize;
+  int64_t outer_nesterov;  // 1 or 0
   int64_t seed;
 };
 
@@ -93,17 +95,25 @@ struct Coefficients {
   alignas(8) T decay;
   alignas(8) T step_size;
   alignas(8) T alpha;
+  alignas(8) T outer_momentum;
+  alignas(8) T outer_nesterov;  // 1 or 0
 };
 
 template <typename T>
 RANGER_HOST_DEVICE Coefficients<T> coefficients(const Hyperparameters& h, const Schedule& s,
                                                 double grad_scale) {
-  return {
-      static_cast<T>(grad_scale),  static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
-      static_cast<T>(h.beta1),     static_cast<T>(1.0 - h.beta1),
-      static_cast<T>(h.beta2),     static_cast<T>(1.0 - h.beta2),
-      static_cast<T>(h.eps),       static_cast<T>(s.decay),
-      static_cast<T>(s.step_size), static_cast<T>(h.alpha)};
+  return {static_cast<T>(grad_scale),
+          static_cast<T>(h.decoupled_weight_decay ? 0.0 : h.weight_decay),
+          static_cast<T>(h.beta1),
+          static_cast<T>(1.0 - h.beta1),
+          static_cast<T>(h.beta2),
+          static_cast<T>(1.0 - h.beta2),
+          static_cast<T>(h.eps),
+          static_cast<T>(s.decay),
+          static_cast<T>(s.step_size),
+          static_cast<T>(h.alpha),
+          static_cast<T>(h.outer_momentum),
+          static_cast<T>(h.outer_nesterov)};
 }
 
 }  // namespace ranger

@@ -19,7 +19,7 @@ from ..state.formats import Format
 from ..state.hyperparameters import Hyperparameters
 from ..state.random_bits import Bits, Keys, keys_of, random_bits
 from ..state.tensors import plain
-from .schedule import Coefficients, coefficients, rounded
+from .schedule import Coefficients, coefficients
 
 # Elements at a time, a multiple of GROUP: memory for their values is all that a step needs.
 PIECE = 8192 * GROUP
@@ -111,7 +111,7 @@ def radam_step(
             p, m, v = radam(p, piece["grad"].to(dtype), m, v, c)
             if c.sync:
                 slow = format.slow_param.decode(piece["slow_param"], piece, dtype)
-                p = lookahead(p, slow, c.alpha)
+                p = pull(p, slow, piece, c, hypers[row.group])
                 format.slow_param.encode(p, piece["slow_param"], piece, bits.param)
             format.param.encode(p, piece["param"], piece, bits.param)
             format.exp_avg.encode(m, piece["exp_avg"], piece, bits.exp_avg)
@@ -147,6 +147,33 @@ def lookahead(p: Tensor, slow: Tensor, alpha: float) -> Tensor:
     return p if alpha == 1.0 else slow + alpha * (p - slow)
 
 
+def outer_step(p: Tensor, slow: Tensor, b: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """Lookahead with momentum: SGD's step of the slow weight, whose gradient is the way back to it
+    from the fast one (SNOO, arXiv:2510.15830, Algorithm 1; ``alpha`` is the outer learning rate).
+
+    Returns the new slow weight, which both go on from, and the new ``outer_momentum_buffer``.
+    """
+    d = slow - p
+    b = c.outer_momentum * b + d
+    u = d + c.outer_momentum * b if c.outer_nesterov else b
+    return slow - c.alpha * u, b
+
+
+def pull(
+    p: Tensor,
+    slow: Tensor,
+    piece: Mapping[str, Tensor],
+    c: Coefficients,
+    hyper: Hyperparameters,
+) -> Tensor:
+    """The new slow weight at a sync; its momentum, if it has one, is written."""
+    if hyper.outer_momentum == 0.0:
+        return lookahead(p, slow, c.alpha)
+    p, b = outer_step(p, slow, piece["outer_momentum_buffer"], c)
+    piece["outer_momentum_buffer"].copy_(b)
+    return p
+
+
 @torch.no_grad()
 def lookahead_step(
     rows: Sequence[Row], hypers: Sequence[Hyperparameters], grad_scales: Sequence[float]
@@ -157,13 +184,13 @@ def lookahead_step(
         hyper = hypers[row.group]
         if t % hyper.k == 0:
             format, dtype = row.format, row.format.value
-            alpha = rounded([hyper.alpha], dtype)[0]
+            c = coefficients(hyper, t, 1.0, dtype)
             keys = keys_of(hyper.seed, row.place, t, pull=True)
             for begin, piece in pieces(row):
                 bits = bits_of(row, keys, begin, piece["param"])
                 p = format.param.decode(piece["param"], piece, dtype)
                 slow = format.slow_param.decode(piece["slow_param"], piece, dtype)
-                p = lookahead(p, slow, alpha)
+                p = pull(p, slow, piece, c, hyper)
                 format.slow_param.encode(p, piece["slow_param"], piece, bits.param)
                 format.param.encode(p, piece["param"], piece, bits.param)
         row.state["lookahead_step"].fill_(t)

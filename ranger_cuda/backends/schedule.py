@@ -42,6 +42,8 @@ class Coefficients(NamedTuple):
     decay: float
     step_size: float
     alpha: float
+    outer_momentum: float
+    outer_nesterov: float  # 1 or 0
 
 
 def ipow(base: float, exponent: int) -> float:
@@ -106,6 +108,8 @@ def coefficients(
         now.decay,
         now.step_size,
         hyper.alpha,
+        hyper.outer_momentum,
+        float(hyper.outer_nesterov),
     )
     return Coefficients(now.rectified, now.sync, *rounded(exact, dtype))
 

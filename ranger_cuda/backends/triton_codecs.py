@@ -277,6 +277,12 @@ def encode_group(value, scale, random, CODEC: tl.constexpr):
     return code.to(tl.uint8)
 
 
+@triton.constexpr_function
+def number_codec(T):
+    """Of numbers of this type, as they are."""
+    return {tl.float32: "Float32", tl.float64: "Float64"}[T]
+
+
 # --- elements each by itself ---------------------------------------------------------------------
 
 

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_codecs import MOMENTS_FACTOR, PARAM_FACTOR, is_random, random_bits, stored_type
+from .triton_codecs import (
+    MOMENTS_FACTOR,
+    PARAM_FACTOR,
+    is_random,
+    number_codec,
+    random_bits,
+    stored_type,
+)
 from .triton_memory import (
     Pair,
     Streams,
@@ -25,7 +32,7 @@ from .triton_memory import (
     strided_offset,
     written,
 )
-from .triton_rule import lookahead, radam
+from .triton_rule import lookahead, outer_step, radam
 from .triton_schedule import coefficients_at, keys_at, schedule_kernel
 from .triton_words import (
     ACTIVE,
@@ -41,6 +48,8 @@ from .triton_words import (
     L2,
     LAYOUT,
     NUMEL,
+    OUTER,
+    OUTER_MOMENTUM_BUFFER,
     PARAM,
     RECTIFIED,
     ROW_WORDS,
@@ -87,6 +96,22 @@ def moment_bits(at, keys, CODEC: tl.constexpr, UPPER: tl.constexpr):
     return bits
 
 
+@triton.jit
+def pulled(p, slow, word, i, at, c, outer, T: tl.constexpr, WIDE: tl.constexpr):
+    """The new slow weight; its momentum, elements ``i`` of the row at ``word``, is loaded where
+    there are registers to spare."""
+    if outer:
+        if at.layout is not None:
+            i = strided_offset(at.layout, OUTER_MOMENTUM_BUFFER, i)
+        CODEC: tl.constexpr = number_codec(T)
+        b = load(Pair(word, word), Pair(i, i), at, CODEC, T, WIDE)
+        p, b = outer_step(p, slow, b, c)
+        store(Pair(word, word), Pair(i, i), at, b, at.position, CODEC, WIDE)
+    else:
+        p = lookahead(p, slow, c.alpha)
+    return p
+
+
 class Step(NamedTuple):
     """What a tensor's step is: its scalars, and what applies."""
 
@@ -94,6 +119,7 @@ class Step(NamedTuple):
     l2: Any
     rectified: Any
     sync: Any
+    outer: Any
     grad_dtype: Any
     keys: Any
 
@@ -125,7 +151,7 @@ def radam_block(
     p, m, v = radam(p, g, m, v, step.c, step.l2, step.rectified)
     p_bits = param_bits(at, step.keys, PARAM_CODEC)
     if step.sync:
-        p = lookahead(p, slow, step.c.alpha)
+        p = pulled(p, slow, words.b, i.b, at, step.c, step.outer, T, WIDE)
         store(words.slow, i.slow, at, p, p_bits, SLOW_CODEC, WIDE)
     store(words.p, i.p, at, p, p_bits, PARAM_CODEC, WIDE)
     m_bits = moment_bits(at, step.keys, EXP_AVG_CODEC, True)
@@ -161,6 +187,7 @@ def radam_kernel(
             l2=(flags & L2) != 0,
             rectified=(flags & RECTIFIED) != 0,
             sync=(flags & SYNC) != 0,
+            outer=(flags & OUTER) != 0,
             grad_dtype=tl.load(record + GROUP) >> 48,
             keys=keys_at(slot + KEYS),
         )
@@ -170,6 +197,7 @@ def radam_kernel(
             m=addresses(record, EXP_AVG, EXP_AVG_CODEC),
             v=addresses(record, EXP_AVG_SQ, EXP_AVG_SQ_CODEC),
             slow=addresses(record, SLOW_PARAM, SLOW_CODEC),
+            b=tl.load(record + OUTER_MOMENTUM_BUFFER),
         )
         row_first = tl.load(record + FIRST)
         if STRIDED:
@@ -183,11 +211,12 @@ def radam_kernel(
                     m=offsets(layout, index, EXP_AVG, EXP_AVG_CODEC),
                     v=offsets(layout, index, EXP_AVG_SQ, EXP_AVG_SQ_CODEC),
                     slow=offsets(layout, index, SLOW_PARAM, SLOW_CODEC),
+                    b=index,
                 )
                 radam_block(
                     words,
                     i,
-                    place(row_first, begin, start, count, lanes, False),
+                    place(row_first, begin, start, count, lanes, False, layout),
                     step,
                     T,
                     PARAM_CODEC,
@@ -202,13 +231,14 @@ def radam_kernel(
             # So does everything where a stream that is written does not lie at a multiple of 16.
             any_of = written(words.p, PARAM_CODEC) | written(words.slow, SLOW_CODEC)
             any_of = any_of | written(words.m, EXP_AVG_CODEC) | written(words.v, EXP_AVG_SQ_CODEC)
+            any_of = any_of | words.b
             whole = tl.where((any_of & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 lanes = tl.arange(0, BLOCK)
                 i = begin + start + lanes
                 radam_block(
                     words,
-                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i)),
+                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i), i),
                     place(row_first, begin, start, count, lanes, True),
                     step,
                     T,
@@ -223,7 +253,7 @@ def radam_kernel(
                 i = begin + start + rest
                 radam_block(
                     words,
-                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i)),
+                    Streams(Pair(i, i), i, Pair(i, i), Pair(i, i), Pair(i, i), i),
                     place(row_first, begin, start, count, rest, False),
                     step,
                     T,
@@ -238,10 +268,10 @@ def radam_kernel(
 @triton.jit
 def slow_block(
     words,
-    i_p,
-    i_slow,
+    i,
     at,
-    alpha,
+    c,
+    outer,
     keys,
     SWAP: tl.constexpr,
     T: tl.constexpr,
@@ -252,26 +282,27 @@ def slow_block(
     """Parameters and slow weights change places, bits and not values, or are interpolated."""
     if SWAP:
         STORED: tl.constexpr = stored_type(PARAM_CODEC)
-        to_p = pointer(words.p.own, STORED, STORED, WIDE) + i_p.own
-        to_slow = pointer(words.slow.own, STORED, STORED, WIDE) + i_slow.own
+        to_p = pointer(words.p.own, STORED, STORED, WIDE) + i.p.own
+        to_slow = pointer(words.slow.own, STORED, STORED, WIDE) + i.slow.own
         p = tl.load(to_p, mask=at.mask)
         slow = tl.load(to_slow, mask=at.mask)
         tl.store(to_p, slow, mask=at.mask)
         tl.store(to_slow, p, mask=at.mask)
     else:
-        p = load(words.p, i_p, at, PARAM_CODEC, T, WIDE)
-        slow = load(words.slow, i_slow, at, SLOW_CODEC, T, WIDE)
-        slow = lookahead(p, slow, alpha)
+        p = load(words.p, i.p, at, PARAM_CODEC, T, WIDE)
+        slow = load(words.slow, i.slow, at, SLOW_CODEC, T, WIDE)
+        slow = pulled(p, slow, words.b, i.b, at, c, outer, T, WIDE)
         bits = param_bits(at, keys, PARAM_CODEC)
-        store(words.p, i_p, at, slow, bits, PARAM_CODEC, WIDE)
-        store(words.slow, i_slow, at, slow, bits, SLOW_CODEC, WIDE)
+        store(words.p, i.p, at, slow, bits, PARAM_CODEC, WIDE)
+        store(words.slow, i.slow, at, slow, bits, SLOW_CODEC, WIDE)
 
 
-class Both(NamedTuple):
-    """Something of a parameter and of its slow weight."""
+class Pulled(NamedTuple):
+    """Something of a parameter, of its slow weight and of that one's momentum."""
 
     p: Any
     slow: Any
+    b: Any
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
@@ -292,36 +323,42 @@ def slow_kernel(
     row, begin = this_chunk(chunks, first_chunk, CHUNK)
     record = rows + row * ROW_WORDS
     slot = scalars + row * SCALAR_WORDS
-    sync = tl.load(slot) & SYNC
-    if (tl.load(record + SLOW_PARAM) if SWAP else sync) != 0:
+    flags = tl.load(slot)
+    if (tl.load(record + SLOW_PARAM) if SWAP else flags & SYNC) != 0:
         count = tl.minimum(tl.load(record + NUMEL) - begin, CHUNK).to(tl.int32)
-        alpha = coefficients_at(slot + COEFFICIENTS, T).alpha
+        outer = (flags & OUTER) != 0
+        c = coefficients_at(slot + COEFFICIENTS, T)
         keys = keys_at(slot + KEYS)
-        words = Both(
+        words = Pulled(
             p=addresses(record, PARAM, PARAM_CODEC),
             slow=addresses(record, SLOW_PARAM, SLOW_CODEC),
+            b=tl.load(record + OUTER_MOMENTUM_BUFFER),
         )
         row_first = tl.load(record + FIRST)
         if STRIDED:
             layout = tl.load(record + LAYOUT).to(tl.pointer_type(tl.int64))
             lanes = tl.arange(0, BLOCK)
             for start in range(0, count, BLOCK):
-                i_p = offsets(layout, begin + start + lanes, PARAM, PARAM_CODEC)
-                i_slow = offsets(layout, begin + start + lanes, SLOW_PARAM, SLOW_CODEC)
-                at = place(row_first, begin, start, count, lanes, False)
-                slow_block(
-                    words, i_p, i_slow, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False
+                index = begin + start + lanes
+                i = Pulled(
+                    p=offsets(layout, index, PARAM, PARAM_CODEC),
+                    slow=offsets(layout, index, SLOW_PARAM, SLOW_CODEC),
+                    b=index,
                 )
+                at = place(row_first, begin, start, count, lanes, False, layout)
+                slow_block(words, i, at, c, outer, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False)
         else:
-            any_of = written(words.p, PARAM_CODEC) | written(words.slow, SLOW_CODEC)
+            any_of = written(words.p, PARAM_CODEC) | written(words.slow, SLOW_CODEC) | words.b
             whole = tl.where((any_of & 15) == 0, count // BLOCK * BLOCK, 0)
             for start in range(0, whole, BLOCK):
                 lanes = tl.arange(0, BLOCK)
-                i = Pair(begin + start + lanes, begin + start + lanes)
+                at_i = begin + start + lanes
+                i = Pulled(Pair(at_i, at_i), Pair(at_i, at_i), at_i)
                 at = place(row_first, begin, start, count, lanes, True)
-                slow_block(words, i, i, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, True)
+                slow_block(words, i, at, c, outer, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, True)
             rest = tl.arange(0, BLOCK // 2)
             for start in range(whole, count, BLOCK // 2):
-                i = Pair(begin + start + rest, begin + start + rest)
+                at_i = begin + start + rest
+                i = Pulled(Pair(at_i, at_i), Pair(at_i, at_i), at_i)
                 at = place(row_first, begin, start, count, rest, False)
-                slow_block(words, i, i, at, alpha, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False)
+                slow_block(words, i, at, c, outer, keys, SWAP, T, PARAM_CODEC, SLOW_CODEC, False)

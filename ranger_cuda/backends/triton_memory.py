@@ -37,6 +37,7 @@ class Streams(NamedTuple):
     m: Any
     v: Any
     slow: Any
+    b: Any
 
 
 class Pair(NamedTuple):
@@ -53,17 +54,18 @@ class Place(NamedTuple):
     end: Any  # of all that there are
     position: Any  # of each, in its whole parameter
     mask: Any  # None: all are there
+    layout: Any  # of the row; None: all of its streams are consecutive
 
 
 @triton.jit
-def place(row_first, begin, start, count, lanes, WIDE: tl.constexpr):
+def place(row_first, begin, start, count, lanes, WIDE: tl.constexpr, layout=None):
     """The lanes of a block that begins ``start`` behind its chunk, which has ``count`` elements."""
     first = begin + start
     position = (row_first + first).to(tl.uint32) + lanes.to(tl.uint32)
     mask = None
     if not WIDE:
         mask = start + lanes < count
-    return Place(first, begin + count, position, mask)
+    return Place(first, begin + count, position, mask, layout)
 
 
 @triton.jit

@@ -23,6 +23,8 @@ class Coefficients(NamedTuple):
     decay: Any
     step_size: Any
     alpha: Any
+    outer_momentum: Any
+    outer_nesterov: Any  # 1 or 0
 
 
 @triton.jit
@@ -70,3 +72,13 @@ def radam(p, g, m, v, c, l2, rectified):
 def lookahead(p, slow, alpha):
     """Lookahead (arXiv:1907.08610, Algorithm 1); alpha = 1 takes the fast weight itself."""
     return tl.where(alpha == 1.0, p, slow + product(alpha, p - slow))
+
+
+@triton.jit
+def outer_step(p, slow, b, c):
+    """The same with momentum (SNOO, arXiv:2510.15830, Algorithm 1): the new slow weight, and the
+    new outer_momentum_buffer."""
+    d = slow - p
+    b = product(c.outer_momentum, b) + d
+    u = tl.where(c.outer_nesterov != 0.0, d + product(c.outer_momentum, b), b)
+    return slow - product(c.alpha, u), b

@@ -28,6 +28,10 @@ from .triton_words import (
     MAX_GRAD_NORM,
     MAXIMIZE,
     NORM,
+    OUTER,
+    OUTER_MOMENTUM,
+    OUTER_MOMENTUM_BUFFER,
+    OUTER_NESTEROV,
     PLACE,
     RECTIFIED,
     RHO_THRESHOLD,
@@ -104,6 +108,8 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     weight_decay = float64_at(group + WEIGHT_DECAY, active)
     rho_threshold = float64_at(group + RHO_THRESHOLD, active)
     alpha = float64_at(group + ALPHA, active)
+    outer_momentum = float64_at(group + OUTER_MOMENTUM, active)
+    outer_nesterov = tl.load(group + OUTER_NESTEROV, mask=active, other=0).to(tl.float64)
     k = tl.load(group + K, mask=active, other=0)
     max_grad_norm = float64_at(group + MAX_GRAD_NORM, active)
     decoupled = tl.load(group + DECOUPLED, mask=active, other=0) != 0
@@ -126,6 +132,7 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     decay = tl.where(decoupled, one - lr * weight_decay, one)
     sync = (k > 0) & (step % tl.where(k > 0, k, 1) == 0)
     sync = sync & (tl.load(record + SLOW_PARAM, mask=inside, other=0) != 0)
+    outer = sync & (tl.load(record + OUTER_MOMENTUM_BUFFER, mask=inside, other=0) != 0)
 
     scale = one / number_at(signals + GRAD_SCALE, one, active)
     coefficient = max_grad_norm / (number_at(signals + NORM, zero, active) * scale + 1e-6)
@@ -140,6 +147,7 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
         + tl.where(rectified, RECTIFIED, 0)
         + tl.where(has_l2, L2, 0)
         + tl.where(sync, SYNC, 0)
+        + tl.where(outer, OUTER, 0)
     )
     slot = scalars + row * SCALAR_WORDS
     tl.store(slot, tl.where(active, flags, 0).to(tl.int64), mask=inside)
@@ -154,6 +162,8 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     write_scalar(slot, 7, decay, active, is_float64)
     write_scalar(slot, 8, step_size, active, is_float64)
     write_scalar(slot, 9, alpha, active, is_float64)
+    write_scalar(slot, 10, outer_momentum, active, is_float64)
+    write_scalar(slot, 11, outer_nesterov, active, is_float64)
     place = tl.load(record + PLACE, mask=inside, other=0) & LOWER_HALF
     seed = tl.load(group + SEED, mask=active, other=0)
     write_keys(slot + KEYS, seed, place, 2 * step + is_pull, active)
@@ -195,6 +205,8 @@ def coefficients_at(words, T: tl.constexpr):
         decay=tl.load(at + 7 * each),
         step_size=tl.load(at + 8 * each),
         alpha=tl.load(at + 9 * each),
+        outer_momentum=tl.load(at + 10 * each),
+        outer_nesterov=tl.load(at + 11 * each),
     )
 
 

@@ -312,7 +312,7 @@ def options(kernels: ModuleType, launch: Launch, swap: bool = False) -> dict[str
         "SLOW_CODEC": format.slow_param.name,
         "STRIDED": launch.strided,
         "CHUNK": CHUNK,
-        "BLOCK": BLOCK[format.value] if swap else block_of(format),
+        "BLOCK": BLOCK[format.value] if swap else block_of(launch),
         "num_warps": NUM_WARPS,
         "enable_fp_fusion": False,
     }
@@ -331,10 +331,11 @@ def is_swapped(format: formats.Format) -> bool:
     return format.param.dtype == format.slow_param.dtype
 
 
-def block_of(format: formats.Format) -> int:
-    """Elements of a block; random bits and groups take registers, and leave room for half."""
-    block = BLOCK[format.value]
-    return block // 2 if format.counts_elements else block
+def block_of(launch: Launch) -> int:
+    """Elements of a block; random bits and groups take registers, and leave room for half, and so
+    do the places of strided ones."""
+    halves = int(launch.format.counts_elements) + int(launch.strided)
+    return BLOCK[launch.format.value] >> halves
 
 
 def triton_dtype(kernels: ModuleType, dtype: torch.dtype) -> Any:

@@ -23,7 +23,13 @@ from .new_state import new_part
 from .tensors import DTensor, check_allocated, is_count, local, plain, shown
 
 COUNTS = ("step", "lookahead_step")
-LOOKAHEAD = ("slow_param", "slow_residual", "lookahead_step", eval_mode.FAST)
+LOOKAHEAD = (
+    "slow_param",
+    "slow_residual",
+    "outer_momentum_buffer",
+    "lookahead_step",
+    eval_mode.FAST,
+)
 # Keys of other optimizers' groups that say what a step is; any other key means nothing to a step.
 FOREIGN_KEYS = (
     *("amsgrad", "momentum_decay", "N_sma_threshhold", "schedule_decay"),

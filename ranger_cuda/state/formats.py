@@ -27,7 +27,7 @@ from .codecs import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STREAMS = (*MOMENTS, "slow_param")
+STREAMS = (*MOMENTS, "slow_param", "outer_momentum_buffer")
 
 StateDType = torch.dtype | Literal["8bit"]
 # Parameters of fewer elements keep float32 moments: there is nothing to save.
@@ -53,9 +53,20 @@ class Format(NamedTuple):
     weight_rounding: str | None = None
     state_dtype: StateDType | None = None
 
+    @property
+    def outer_momentum_buffer(self) -> Codec:
+        """That of the momentum of slow weights: numbers of the arithmetic's dtype."""
+        return _F64 if self.value == torch.float64 else _F32
+
     def codecs(self) -> tuple[Codec, ...]:
         """Of all streams."""
-        return self.param, self.exp_avg, self.exp_avg_sq, self.slow_param
+        return (
+            self.param,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.slow_param,
+            self.outer_momentum_buffer,
+        )
 
     def parts(self, streams: Iterable[str | None] = STREAMS) -> list[Part]:
         """The state of a parameter: beside it, and of these streams."""

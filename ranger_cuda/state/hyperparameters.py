@@ -29,14 +29,24 @@ class Hyperparameters(NamedTuple):
     weight_decay: float
     rho_threshold: float
     alpha: float
+    outer_momentum: float
     k: int  # 0: no Lookahead
     max_grad_norm: float  # infinity: no clipping
     decoupled_weight_decay: bool
     maximize: bool
+    outer_nesterov: bool = True
     seed: int = 0  # of 64 bits, signed
 
 
-_PACKED = struct.Struct("=7dqd3q")
+# What a group calls Lookahead's, and what a constructor does.
+LOOKAHEAD = {
+    "lookahead_k": "k",
+    "lookahead_alpha": "alpha",
+    "outer_momentum": "outer_momentum",
+    "outer_nesterov": "outer_nesterov",
+}
+
+_PACKED = struct.Struct("=8dqd4q")
 
 
 def packed(groups: Iterable[Hyperparameters]) -> bytes:
@@ -66,10 +76,12 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["weight_decay"]),
         _number(group["rho_threshold"]),
         _number(group["lookahead_alpha"]) if lookahead else 1.0,
+        _number(group["outer_momentum"]) if lookahead else 0.0,
         operator.index(group["lookahead_k"]) if lookahead else 0,
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
         bool(group["maximize"]),
+        bool(group["outer_nesterov"]) if lookahead else True,
         operator.index(group["seed"]),
     )
 
@@ -124,7 +136,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     for name in ("decoupled_weight_decay", "maximize"):
         check_choice(name, group[name], (True, False))
     if lookahead:
-        check_lookahead(group["lookahead_k"], group["lookahead_alpha"])
+        check_lookahead(*(group[name] for name in LOOKAHEAD))
     try:
         hyper = read(group, lookahead=lookahead)
     except (TypeError, ValueError) as error:
@@ -181,8 +193,10 @@ def check_eps(eps: float) -> None:
         )
 
 
-def check_lookahead(k: Any, alpha: Any) -> None:
-    """Raise unless ``k`` and ``alpha`` are a Lookahead period and interpolation factor."""
+def check_lookahead(
+    k: Any, alpha: Any, outer_momentum: Any = 0.0, outer_nesterov: Any = True
+) -> None:
+    """Raise unless these are a Lookahead period, interpolation factor and momentum."""
     tensors.check_allocated(k, "k")
     try:
         period = 0 if _is_bool(k) else operator.index(k)
@@ -197,6 +211,12 @@ def check_lookahead(k: Any, alpha: Any) -> None:
         raise ValueError(
             f"Invalid alpha value: {shown(alpha)}; the Lookahead interpolation factor is in [0, 1]"
         )
+    if not _is_within(outer_momentum, 0.0, math.nextafter(1.0, 0.0)):
+        raise ValueError(
+            f"Invalid outer_momentum value: {shown(outer_momentum)}; the momentum of slow weights "
+            "is in [0, 1), 0 for none"
+        )
+    check_choice("outer_nesterov", outer_nesterov, (True, False))
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:

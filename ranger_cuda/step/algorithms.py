@@ -45,9 +45,14 @@ class Algorithm(NamedTuple):
 
     name: str  # of ranger_cuda._C.Rule
     step_name: str  # the state that counts steps
-    streams: tuple[str | None, str | None, str | None]  # exp_avg, exp_avg_sq, slow_param
+    # exp_avg, exp_avg_sq, slow_param and outer_momentum_buffer
+    streams: tuple[str | None, str | None, str | None, str | None]
     reference: Callable[[Sequence[Row], Sequence[Hyperparameters], Sequence[float]], None]
     state_dtype: formats.StateDType = formats.STATE_DTYPES[0]  # of the moments
+
+    def streams_of(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        """The streams of a group's parameters: without momentum slow weights have no buffer."""
+        return self.streams if group.get("outer_momentum") else self.streams[:-1]
 
     def format_of(self, param: Tensor, group: dict[str, Any]) -> Format:
         """How ``param`` and its state are stored.
@@ -70,8 +75,7 @@ class Algorithm(NamedTuple):
         return format
 
 
-RADAM = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", None), reference.radam_step)
-RANGER = Algorithm("RADAM", "step", ("exp_avg", "exp_avg_sq", "slow_param"), reference.radam_step)
-LOOKAHEAD = Algorithm(
-    "LOOKAHEAD", "lookahead_step", (None, None, "slow_param"), reference.lookahead_step
-)
+_MOMENTS, _SLOW = ("exp_avg", "exp_avg_sq"), ("slow_param", "outer_momentum_buffer")
+RADAM = Algorithm("RADAM", "step", (*_MOMENTS, None, None), reference.radam_step)
+RANGER = Algorithm("RADAM", "step", (*_MOMENTS, *_SLOW), reference.radam_step)
+LOOKAHEAD = Algorithm("LOOKAHEAD", "lookahead_step", (None, None, *_SLOW), reference.lookahead_step)

@@ -13,7 +13,7 @@ from ..backends import support
 from ..backends.support import BackendName
 from ..state.checkpoint import is_step_tensor, step_tensor
 from ..state.hyperparameters import Hyperparameters
-from ..state.new_state import new_slow_weight
+from ..state.new_state import new_state
 from ..state.tensors import check_param, is_capturing, local
 from .algorithms import LOOKAHEAD, is_at_rest, members
 from .dispatch import Dispatcher
@@ -53,7 +53,7 @@ def begin(
     lacking = [
         (param, group, name)
         for (param, group, name), moves in zip(found, may_move, strict=True)
-        if moves and ("slow_param" not in state.get(param, {}) or param in unmoved)
+        if moves and (param in unmoved or _lacks(state.get(param, {}), groups[group]))
     ]
     if lacking and is_capturing():
         raise RuntimeError(
@@ -65,9 +65,7 @@ def begin(
         support.choose(backend, local(param), name)
     with torch.inference_mode(False):  # what is made in it could not be written outside
         first = {
-            param: new_slow_weight(
-                LOOKAHEAD.format_of(param, groups[group]), param, state.get(param, {})
-            )
+            param: _what_lacks(param, groups[group], state.get(param, {}), param in unmoved)
             for param, group, _ in lacking
         }
     if first:  # as if they were there
@@ -97,11 +95,30 @@ def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
         if moves and param in cycle.first:
             # Not before: an empty state is how optimizers know a parameter's first step.
             state[param].update(cycle.first[param])
+            if "slow_param" not in cycle.first[param]:
+                continue
             if is_at_rest(cycle.groups[group]):
                 unmoved.add(param)
             else:
                 unmoved.discard(param)
     dispatcher.step(cycle.groups, state, _new_count, cycle.hypers, moved=moved)
+
+
+def _lacks(state: dict[str, Any], group: dict[str, Any]) -> bool:
+    streams = filter(None, LOOKAHEAD.streams_of(group))
+    return any(stream not in state for stream in streams)
+
+
+def _what_lacks(
+    param: Tensor, group: dict[str, Any], state: dict[str, Any], is_unmoved: bool
+) -> dict[str, Tensor]:
+    """The slow weight, which may have to be made anew, and its momentum."""
+    if is_unmoved:
+        state = {n: value for n, value in state.items() if n not in ("slow_param", "slow_residual")}
+    format = LOOKAHEAD.format_of(param, group)
+    new = new_state(format, param, state, LOOKAHEAD.streams_of(group))
+    beside = {part.name for part in format.param.rest}  # the inner optimizer's to make
+    return {name: value for name, value in new.items() if name not in beside}
 
 
 def _new_count(
@@ -124,9 +141,11 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         weight_decay=0.0,
         rho_threshold=4.0,
         alpha=float(group["lookahead_alpha"]),
+        outer_momentum=float(group["outer_momentum"]),
         k=operator.index(group["lookahead_k"]),
         max_grad_norm=math.inf,
         decoupled_weight_decay=False,
         maximize=False,
+        outer_nesterov=bool(group["outer_nesterov"]),
         seed=group.get("seed", 0),
     )

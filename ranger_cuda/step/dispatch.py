@@ -287,6 +287,8 @@ class Dispatcher:
                 continue
             format = self._algorithm.format_of(param, param_groups[group])
             take_snapshot(format, param, state[param])
+            if not only_unmoved and "outer_momentum_buffer" in state[param]:
+                state[param]["outer_momentum_buffer"].zero_()
 
     def slow_pairs(self, param_groups: Groups, state: State) -> Pairs:
         """Parameters and slow weights that can be used, where there are any."""

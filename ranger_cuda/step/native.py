@@ -66,8 +66,8 @@ class Native:
 
     Args:
         rule: a name of ``_C.Rule``.
-        streams: the names of the state tensors exp_avg, exp_avg_sq and slow_param; None where the
-            rule has none.
+        streams: the names of the state tensors exp_avg, exp_avg_sq, slow_param and
+            outer_momentum_buffer; None where the rule has none.
         step_name: the name of the state that counts steps.
         backend: what the user asked for, or None.
         captured, tried: what Triton's launchers leave to those that come after them: tables that a

@@ -181,7 +181,7 @@ class FusedOptimizer(Optimizer):
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
         format = self._algorithm.format_of(param, group)
-        return new | new_state(format, param, state, self._algorithm.streams)
+        return new | new_state(format, param, state, self._algorithm.streams_of(group))
 
     def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
         """The numbers behind what is stored of a parameter, whatever the formats.
@@ -191,7 +191,8 @@ class FusedOptimizer(Optimizer):
 
         Returns:
             Copies of ``param`` (of its float32 master, where there is one), ``exp_avg``,
-            ``exp_avg_sq`` and, if there is one, ``slow_param``: float32 (float64 of a float64
+            ``exp_avg_sq`` and, if there are any, ``slow_param`` and
+            ``outer_momentum_buffer``: float32 (float64 of a float64
             parameter), of the parameter's shape, for a DTensor of this rank's shard; a complex
             parameter's as pairs.
 

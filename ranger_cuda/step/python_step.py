@@ -100,7 +100,8 @@ class PythonStep:
                 f"the state of {name} is not complete yet, and made now it would be made anew at "
                 "every replay of the graph: take a step with lr above 0 before the capture"
             )
-        check_state(param, {**known, **missing}, format.parts(self.algorithm.streams), name)
+        streams = self.algorithm.streams_of(self.param_groups[group])
+        check_state(param, {**known, **missing}, format.parts(streams), name)
         if missing:
             self.missing[param] = missing
         if "slow_param" in missing and is_at_rest(self.param_groups[group]):

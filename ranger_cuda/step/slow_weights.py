@@ -64,7 +64,7 @@ class SlowWeights:
         would pull half-way back to those of before. After ``load_state_dict``, beside the weights
         it was saved with, there is nothing to reset; nor before the first step with ``lr`` above 0,
         unless ``lr`` is a tensor on an accelerator, which is not read. Slow weights are written in
-        place; step counts and cycles stay.
+        place, and their momentum is zeroed; step counts and cycles stay.
 
         Raises:
             RuntimeError: the slow weights are swapped in, or a slow weight does not fit its

@@ -70,6 +70,8 @@ class Check {
     h.rho_threshold = random_.of({4.0, 5.0});
     h.alpha = random_.of({0.0, 0.3, 0.5, 1.0});
     h.k = random_.of<int64_t>({0, 1, 2, 5});
+    h.outer_momentum = random_.of({0.0, 0.0, 0.5, 0.9});
+    h.outer_nesterov = random_.one_in(2);
     h.max_grad_norm = random_.of<double>({INFINITY, 0.5, 1e6});
     h.decoupled_weight_decay = random_.one_in(2);
     h.maximize = random_.one_in(3);
@@ -111,8 +113,12 @@ class Check {
     if (kind == 3) {
       for (int64_t& misalignment : parameter.misalignment) misalignment = random_.below(4);
     }
-    const auto has = [&](int stream) { return stream != kSlowParam || has_slow; };
-    for (int stream : {kParam, kExpAvg, kExpAvgSq, kSlowParam}) {
+    const bool has_momentum = has_slow && hypers_[row.group].outer_momentum != 0.0;
+    const auto has = [&](int stream) {
+      return stream == kSlowParam ? has_slow : stream != kOuterMomentumBuffer || has_momentum;
+    };
+    constexpr Stream kOfState[] = {kParam, kExpAvg, kExpAvgSq, kSlowParam, kOuterMomentumBuffer};
+    for (int stream : kOfState) {
       const bool otherwise = strided && has(stream) && random_.one_in(2);
       if (otherwise) layout.strides[stream] = draw_strides(layout, false);
     }
@@ -120,7 +126,7 @@ class Check {
       layout.strides[kGrad] = draw_strides(layout, true);
       row.layout = std::make_shared<Layout>(layout);
     }
-    for (int stream : {kParam, kExpAvg, kExpAvgSq, kSlowParam}) {
+    for (int stream : kOfState) {
       if (has(stream)) make_stream(row, parameter, stream);
     }
     parameter.step = Buffer(0, sizeof(float));
@@ -282,7 +288,9 @@ class Check {
       }
       if (sync) {
         T& slow = element(kSlowParam, index);
-        p = slow = ranger::lookahead(p, slow, c.alpha);
+        p = slow = parameters_[i].streams[kOuterMomentumBuffer]
+                       ? ranger::outer_step(p, slow, element(kOuterMomentumBuffer, index), c)
+                       : ranger::lookahead(p, slow, c.alpha);
       }
     }
   }

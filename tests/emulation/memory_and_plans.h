@@ -117,7 +117,8 @@ struct Case {
   int64_t max_numel;  // of consecutive rows
 };
 
-constexpr const char* kStreamNames[] = {"param", "grad", "exp_avg", "exp_avg_sq", "slow_param"};
+constexpr const char* kStreamNames[] = {"param",      "grad",       "exp_avg",
+                                        "exp_avg_sq", "slow_param", "outer_momentum_buffer"};
 
 // What calls are to leave as it is: the thread's current context, which is none in every fourth
 // step and other devices' in the others, and how many hold on to each device's.
