@@ -259,10 +259,10 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
 
 def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
     upper = 2**64 - 64
-    data = [upper, 0, upper, upper, upper] + [0] * 5
-    row = TensorRow(4, "float32", 0, 0, upper, 96, 3, [4], data, [[]] * 10)
+    data = [upper, 0, upper, upper, upper, upper] + [0] * 6
+    row = TensorRow(4, "float32", 0, 0, upper, 96, 3, [4], data, [[]] * 12)
     tables = triton_tables.DeviceTables("RADAM", [row], 1, torch.device("cpu"), set())
-    streams = [-64, 0, -64, -64, -64] + [0] * 5
+    streams = [-64, 0, -64, -64, -64, -64] + [0] * 6
     assert tables._tables.records.tolist() == [[*streams, 4, -64, 0, 96, 0, 3]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
     assert triton_tables.number_words(number) == [-64, 1]
@@ -282,19 +282,20 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
     codecs = "PARAM_CODEC", "EXP_AVG_CODEC", "EXP_AVG_SQ_CODEC", "SLOW_CODEC"
     chunk, index, length = 64, 2**31 // 64 + 5, 50
     begin = index * chunk
-    streams = [torch.rand(length) for _ in range(5)]  # p, g, m, v, slow
+    streams = [torch.rand(length) for _ in range(6)]  # p, g, m, v, slow, b
     expected = [stream.clone() for stream in streams]
-    layout = torch.tensor([1, begin + length] + [1] * 10)
+    layout = torch.tensor([1, begin + length] + [1] * 12)
     for strided in (False, True):
         words = [triton_tables.word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
-        beside = [0] * 5
+        beside = [0] * 6
         record = torch.tensor([[*words, *beside, begin + length, 0, layout.data_ptr(), 0, 0, 0]])
         record[0, 1] = 0
-        flags = kernels.ACTIVE.value | kernels.RECTIFIED.value | kernels.SYNC.value
+        flags = kernels.ACTIVE.value | kernels.RECTIFIED.value
+        flags |= kernels.SYNC.value | kernels.OUTER.value
         scalars = torch.zeros(1, kernels.SCALAR_WORDS.value, dtype=torch.int64)
         scalars[0, 0], scalars[0, 1] = flags, words[1]
-        c = torch.tensor([1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 0.1, 0.5])
-        scalars[0, 2:12].view(torch.float32)[::2] = c
+        c = torch.tensor([1.0, 0.0, 0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 0.1, 0.5, 0.9, 1.0])
+        scalars[0, 2:14].view(torch.float32)[::2] = c
         kernels.radam_kernel[(1,)](
             record,
             scalars,
@@ -307,13 +308,14 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
             BLOCK=32,
             enable_fp_fusion=False,
         )
-        p, g, m, v, slow = expected
+        p, g, m, v, slow, b = expected
         m = c[2] * m + c[3] * g
         v = c[4] * v + c[5] * (g * g)
         u = m / (torch.from_numpy(np.sqrt(v.numpy())) + c[6])
         p = p - c[8] * u
-        slow = slow + c[9] * (p - slow)
-        expected = [slow, g, m, v, slow]
+        b = c[10] * b + (slow - p)
+        slow = slow - c[9] * ((slow - p) + c[10] * b)
+        expected = [slow, g, m, v, slow, b]
         for found, wanted in zip(streams, expected, strict=True):
             assert_same_bits(found, wanted, f"{strided=}")
 
