@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convert import convert_checkpoint
+    from .diloco import DiLoCo
     from .distributed import load_distributed_checkpoint
     from .lookahead import Lookahead
     from .radam import RAdam
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DiLoCo",
     "Lookahead",
     "RAdam",
     "Ranger",

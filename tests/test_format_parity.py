@@ -12,7 +12,7 @@ from ptx.device import device
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.state import codecs, formats
 from ranger_cuda.state.formats import FORMATS
-from targets import ARCHITECTURES, kernels_of, open_target
+from targets import ALL_NAMES, ARCHITECTURES, kernels_of, open_target
 from test_parity import spread
 
 NEW = [f.name for f in FORMATS if formats.is_low(f.param.dtype) or f.counts_elements]
@@ -172,6 +172,10 @@ def check_tie(target):
         assert_same(native, reference, [a], [b], f"step {step + 1}")
 
 
+# What nvcc compiles is above.
+@pytest.mark.parametrize(
+    "target", [n for n in ALL_NAMES if not n.startswith("compiled-cuda")], indirect=True
+)
 def test_a_tie_is_the_reference_s(target):
     check_tie(target)
 

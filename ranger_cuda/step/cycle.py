@@ -74,7 +74,7 @@ def begin(
             state[param].update(slow)
     try:
         # What does not fit, or cannot be had, raises before the inner optimizer's step.
-        dispatcher.collect(groups, state, _new_count, may_move)
+        dispatcher.collect(groups, state, new_count, may_move)
         if first:
             dispatcher.rehearse()
     finally:
@@ -84,6 +84,12 @@ def begin(
 
 def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
     """Count a step of the parameters that moved, and interpolate where a cycle ends."""
+    moved = commit(dispatcher, state, cycle)
+    dispatcher.step(cycle.groups, state, new_count, cycle.hypers, moved=moved)
+
+
+def commit(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> list[bool]:
+    """Give parameters that moved the slow weights of before. Returns for each whether it moved."""
     moved = cycle.may_move
     if cycle.any_may_move:
         moved = [
@@ -101,7 +107,7 @@ def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
                 unmoved.add(param)
             else:
                 unmoved.discard(param)
-    dispatcher.step(cycle.groups, state, _new_count, cycle.hypers, moved=moved)
+    return moved
 
 
 def _lacks(state: dict[str, Any], group: dict[str, Any]) -> bool:
@@ -121,7 +127,7 @@ def _what_lacks(
     return {name: value for name, value in new.items() if name not in beside}
 
 
-def _new_count(
+def new_count(
     param: Tensor, group: dict[str, Any], state: dict[str, Any], step_device: torch.device
 ) -> dict[str, Any]:
     """The step count of a parameter, where ``state`` has none."""
