@@ -76,16 +76,16 @@ REGISTERS = {
     ("Radam", "float32", True): 72,
     ("Radam", "float64", True): 84,
     ("Slow", "float32", False): 48,
-    ("Slow", "float64", False): 40,
+    ("Slow", "float64", False): 56,
     ("Slow", "float32", True): 48,
-    ("Slow", "float64", True): 48,
+    ("Slow", "float64", True): 56,
     ("Slow", "16 bits", False): 64,
     ("Slow", "16 bits", True): 48,
     ("Wide", "float32", False): 80,
     ("Wide", "low", False): 80,
     ("Wide", "float32", True): 128,
     ("Wide", "low", True): 128,
-    ("Schedule", "", False): 72,
+    ("Schedule", "", False): 80,
 }
 # 16-byte accesses of a thread to each stream, side by side.
 PACKS = {"float32": 2, "float64": 1, "16 bits": 2}

@@ -166,16 +166,22 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
       v[n].values[j] = x.v;
     }
   }
-  RANGER_UNROLL()
-  for (int n = 0; n < kCount; ++n) {
-    const int i = first + n * kApart;
-    if (!u.outer || i >= end) continue;
-    Pack<T, kWidth> b = s.b.template load<kWidth>(i);  // where there are registers to spare
+  if (u.outer) {  // here, where there are registers to spare
+    Pack<T, kWidth> b[kCount] = {};
     RANGER_UNROLL()
-    for (int j = 0; j < kWidth; ++j) {
-      p[n].values[j] = outer_step(p[n].values[j], slow[n].values[j], b.values[j], u.c);
+    for (int n = 0; n < kCount; ++n) {
+      const int i = first + n * kApart;
+      if (i < end) b[n] = s.b.template load<kWidth>(i);
     }
-    s.b.store(i, b);
+    RANGER_UNROLL()
+    for (int n = 0; n < kCount; ++n) {
+      const int i = first + n * kApart;
+      RANGER_UNROLL()
+      for (int j = 0; j < kWidth; ++j) {
+        p[n].values[j] = outer_step(p[n].values[j], slow[n].values[j], b[n].values[j], u.c);
+      }
+      if (i < end) s.b.store(i, b[n]);
+    }
   }
   RANGER_UNROLL()
   for (int n = 0; n < kCount; ++n) {
