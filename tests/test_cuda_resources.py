@@ -75,7 +75,7 @@ REGISTERS = {
     ("Radam", "float64", False): 120,
     ("Radam", "float32", True): 72,
     ("Radam", "float64", True): 84,
-    ("Slow", "float32", False): 48,
+    ("Slow", "float32", False): 64,
     ("Slow", "float64", False): 56,
     ("Slow", "float32", True): 48,
     ("Slow", "float64", True): 56,
@@ -169,9 +169,9 @@ def test_every_kernel_is_there(compiled):
 
 
 def test_registers_leave_room_for_the_blocks_that_hide_latency(compiled):
-    for kernel, code in compiled.items():
-        budget = REGISTERS[kernel.name, kernel.dtype, kernel.strided]
-        assert code.usage["REG"] <= budget, kernel
+    found = {kernel: code.usage["REG"] for kernel, code in compiled.items()}
+    over = {k: n for k, n in found.items() if n > REGISTERS[k.name, k.dtype, k.strided]}
+    assert over == {}
 
 
 def test_nothing_is_spilled(compiled):
