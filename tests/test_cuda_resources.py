@@ -72,12 +72,12 @@ KERNELS = {
 # 80, three, with 128, two.
 REGISTERS = {
     ("Radam", "float32", False): 64,
-    ("Radam", "float64", False): 120,
-    ("Radam", "float32", True): 72,
-    ("Radam", "float64", True): 84,
+    ("Radam", "float64", False): 128,
+    ("Radam", "float32", True): 80,
+    ("Radam", "float64", True): 88,
     ("Slow", "float32", False): 64,
     ("Slow", "float64", False): 56,
-    ("Slow", "float32", True): 48,
+    ("Slow", "float32", True): 56,
     ("Slow", "float64", True): 56,
     ("Slow", "16 bits", False): 64,
     ("Slow", "16 bits", True): 48,
