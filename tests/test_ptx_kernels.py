@@ -115,7 +115,9 @@ DEFECTS = {
     ),
     "no_sync": Defect("(flags & kSync) != 0,", "false,", "step 1, parameter 0: "),
 }
-WANTED = r"ScheduleKernelILi(52|500)E|\dRadamKernel.*Float32ELb0E|SlowKernel.*4BitsIfE.*Lb0ENS0_4SwapE"
+WANTED = (
+    r"ScheduleKernelILi(52|500)E|\dRadamKernel.*Float32ELb0E|SlowKernel.*4BitsIfE.*Lb0ENS0_4SwapE"
+)
 
 
 @pytest.mark.parametrize("target", ["cuda", "triton"], indirect=True)
