@@ -26,10 +26,10 @@ class DiLoCo(Lookahead):
     Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models"
     (arXiv:2311.08105), Algorithm 1. Every worker takes ``k`` steps of its own optimizer on its own
     data. Then parameters are averaged over all workers by one ``all_reduce`` (for each of float32
-    and float64), and every worker takes the same outer step: SGD with Nesterov momentum on the slow
-    weight, whose gradient is the slow weight less the average. All workers have the same bits then.
-    With one worker it is SNOO (arXiv:2510.15830). MuLoCo (arXiv:2505.23725) is it around
-    ``torch.optim.Muon``.
+    and float64, on each device), and every worker takes the same outer step: SGD with Nesterov
+    momentum on the slow weight, whose gradient is the slow weight less the average. All workers
+    have the same bits then. With one worker it is SNOO (arXiv:2510.15830). MuLoCo
+    (arXiv:2505.23725) is it around ``torch.optim.Muon``.
 
     ``torch.distributed`` does the communication, over any process group: one rank for each worker,
     or, where workers are sharded (FSDP2), the ranks that have the same shard of each::
@@ -89,7 +89,10 @@ class DiLoCo(Lookahead):
         self._group = process_group
         if self._workers() > 1:
             for param, _, _ in members(self.param_groups):
-                dist.broadcast(plain(local(param.detach())), group=process_group, group_src=0)
+                its = plain(local(param.detach()))
+                first = its.contiguous()  # as collectives want it
+                dist.broadcast(first, group=process_group, group_src=0)
+                its.copy_(first)
 
     def _workers(self) -> int:
         is_there = dist.is_available() and dist.is_initialized()
@@ -144,9 +147,11 @@ class DiLoCo(Lookahead):
         workers = self._workers()
         if workers == 1:
             return
-        formats = [self._format_of(member) for member in found]
-        for dtype in dict.fromkeys(format.value for format in formats):
-            chosen = [m for m, format in zip(found, formats, strict=True) if format.value == dtype]
+        alike: dict[tuple[torch.dtype, torch.device], list[Member]] = {}
+        for member in found:
+            its = self._format_of(member).value, plain(member.param).device
+            alike.setdefault(its, []).append(member)
+        for chosen in alike.values():
             values = [self._value_of(member).reshape(-1) for member in chosen]
             flat = torch.cat(values)
             dist.all_reduce(flat, group=self._group)

@@ -108,6 +108,25 @@ def any_format(rank, folder):
                     assert len({bytes(f.numpy()) for f in of_all(tensor)}) == 1, (dtype, rounding)
 
 
+def any_layout_and_complex(rank, folder):
+    """Parameters that are not contiguous, and numbers of two parts."""
+    params = [
+        nn.Parameter(torch.full((2, 3, 4, 5), 1.0 + rank).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.full((3, 4), 1.0 + rank).t()),
+        nn.Parameter(torch.full((5,), 1.0 + rank, dtype=torch.complex64)),
+        nn.Parameter(torch.full((5,), 1.0 + rank, dtype=torch.float64)),
+    ]
+    optimizer = DiLoCo(torch.optim.SGD(params, lr=1.0), k=2, alpha=0.5, outer_momentum=0.0)
+    for step in range(2):
+        for param in params:
+            assert (param == 1 - step * (rank + 1)).all()
+            param.grad = torch.full_like(param, rank + 1)
+        optimizer.step()
+    for param in params:  # by 2 and by 4, on average 3, and half of it
+        assert (param == -0.5).all()
+    assert params[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def one_all_reduce_a_sync(rank, folder):
     model = Awkward()
     optimizer = built(model)
@@ -207,7 +226,14 @@ def lonely(rank, folder):
         assert len({bytes(found.numpy()) for found in of_all(param)}) == 1
 
 
-ON_2 = (as_the_paper_has_it, any_format, one_all_reduce_a_sync, lonely, unbroken)
+ON_2 = (
+    as_the_paper_has_it,
+    any_format,
+    any_layout_and_complex,
+    one_all_reduce_a_sync,
+    lonely,
+    unbroken,
+)
 ON_4 = (as_the_paper_has_it, workers_that_are_sharded)
 
 
