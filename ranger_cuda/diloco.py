@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,21 @@ from torch.optim import Optimizer
 from .backends import support
 from .lookahead import Lookahead
 from .state.formats import Format
+from .state.new_state import value_of
 from .state.tensors import local, plain
 from .step import cycle
 from .step.algorithms import LOOKAHEAD, Member, members
 from .step.cycle import Cycle
 
 STEP = "diloco_step"  # of a group: steps since its last sync
+
+
+class Averaged(NamedTuple):
+    """A parameter, and what is stored beside it."""
+
+    format: Format
+    param: Tensor
+    beside: dict[str, Tensor]
 
 
 class DiLoCo(Lookahead):
@@ -147,33 +156,19 @@ class DiLoCo(Lookahead):
         workers = self._workers()
         if workers == 1:
             return
-        alike: dict[tuple[torch.dtype, torch.device], list[Member]] = {}
-        for member in found:
-            its = self._format_of(member).value, plain(member.param).device
-            alike.setdefault(its, []).append(member)
+        alike: dict[tuple[torch.dtype, torch.device], list[Averaged]] = {}
+        for param, group, _ in found:
+            state = self.state[param]
+            format = LOOKAHEAD.format_for(param, self.param_groups[group], state)
+            beside = {part.name: plain(state[part.name]) for part in format.param.rest}
+            one = Averaged(format, plain(param), beside)
+            alike.setdefault((format.value, one.param.device), []).append(one)
         for chosen in alike.values():
-            values = [self._value_of(member).reshape(-1) for member in chosen]
+            values = [value_of(*one).reshape(-1) for one in chosen]
             flat = torch.cat(values)
             dist.all_reduce(flat, group=self._group)
             flat /= workers
-            for member, value in zip(chosen, flat.split([v.numel() for v in values]), strict=True):
-                self._write(member, value)
-
-    def _format_of(self, member: Member) -> Format:
-        group, state = self.param_groups[member.group], self.state[member.param]
-        return LOOKAHEAD.format_for(member.param, group, state)
-
-    def _parts_of(self, member: Member) -> dict[str, Tensor]:
-        state = self.state[member.param]
-        return {part.name: plain(state[part.name]) for part in self._format_of(member).param.rest}
-
-    def _value_of(self, member: Member) -> Tensor:
-        format = self._format_of(member)
-        return format.param.decode(plain(member.param), self._parts_of(member), format.value)
-
-    def _write(self, member: Member, value: Tensor) -> None:
-        """Rounded to nearest."""
-        param = plain(member.param)
-        value = value.view(param.shape)
-        half = torch.full_like(value, 0x8000, dtype=torch.int32)
-        self._format_of(member).param.encode(value, param, self._parts_of(member), half)
+            for one, value in zip(chosen, flat.split([v.numel() for v in values]), strict=True):
+                half = torch.full_like(one.param, 0x8000, dtype=torch.int32)  # rounds to nearest
+                value = value.view(one.param.shape)
+                one.format.param.encode(value, one.param, one.beside, half)

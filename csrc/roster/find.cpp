@@ -1,4 +1,5 @@
 // The first half of a roster's step: what moves, and the tensors that belong to it.
+#include <algorithm>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -157,12 +158,16 @@ void Roster::find_items(PyObject* state, Mover& mover) {
   PyObject* value = nullptr;
   Py_ssize_t place = 0;
   while (PyDict_Next(state, &place, &name, &value)) {
-    for (int i = 0; i < kStateNames; ++i) {
-      if (names_[i].is_none() || mover.items[kItemOf[i]] != nullptr) continue;
-      if (!same_name(name, names_[i].ptr())) continue;
-      mover.items[kItemOf[i]] = held_.keep(value);
-      break;
-    }
+    // Most are the very strings, which an address tells.
+    const auto is_it = [&](const py::object& known) { return known.ptr() == name; };
+    const auto is_called_so = [&](const py::object& known) {
+      return !known.is_none() && same_name(name, known.ptr());
+    };
+    auto found = std::find_if(names_.begin(), names_.end(), is_it);
+    if (found == names_.end()) found = std::find_if(names_.begin(), names_.end(), is_called_so);
+    if (found == names_.end() || found->is_none()) continue;
+    PyObject*& item = mover.items[kItemOf[found - names_.begin()]];
+    if (item == nullptr) item = held_.keep(value);
   }
 }
 

@@ -47,7 +47,7 @@ def _new_groups(part: Part, param: Tensor) -> Tensor:
     )
 
 
-def _value_of(format: Format, param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+def value_of(format: Format, param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """What the next step of ``param`` starts from."""
     whole = all(part.name in state for part in format.param.rest)
     return format.param.decode(param, state, format.value) if whole else param.to(format.value)
@@ -60,7 +60,7 @@ def take_snapshot(format: Format, param: Tensor, state: Mapping[str, Any]) -> No
     Where ``state`` has no rest of the parameter, which that step then makes, it is the parameter.
     """
     tensors = {n: plain(value) for n, value in state.items() if isinstance(value, Tensor)}
-    value = _value_of(format, plain(param), tensors)
+    value = value_of(format, plain(param), tensors)
     # A slow weight has room for all that its parameter has: nothing is rounded.
     nothing = torch.zeros_like(value, dtype=torch.int32) if format.slow_param.is_random else None
     format.slow_param.encode(value, tensors["slow_param"], tensors, nothing)
@@ -70,12 +70,17 @@ def take_snapshot(format: Format, param: Tensor, state: Mapping[str, Any]) -> No
 def decoded(format: Format, param: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The values of ``param`` and of the streams in ``state``: real, of this rank, new memory."""
     flat = {n: plain(value).reshape(-1) for n, value in state.items() if isinstance(value, Tensor)}
-    values = {"param": _value_of(format, plain(param).reshape(-1), flat)}
+    values = {"param": value_of(format, plain(param).reshape(-1), flat)}
     for stream in STREAMS:
         if stream in flat:
             codec: Codec = getattr(format, stream)
             values[stream] = codec.decode(flat[stream], flat, format.value)
     return {stream: value.clone().view(plain(param).shape) for stream, value in values.items()}
+
+
+def without_slow_weight(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a slow weight is made from anew."""
+    return {n: value for n, value in state.items() if n not in ("slow_param", "slow_residual")}
 
 
 def new_state(

@@ -13,7 +13,7 @@ from ..backends import support
 from ..backends.support import BackendName
 from ..state.checkpoint import is_step_tensor, step_tensor
 from ..state.hyperparameters import Hyperparameters
-from ..state.new_state import new_state
+from ..state.new_state import new_state, without_slow_weight
 from ..state.tensors import check_param, is_capturing, local
 from .algorithms import LOOKAHEAD, is_at_rest, members
 from .dispatch import Dispatcher
@@ -120,7 +120,7 @@ def _what_lacks(
 ) -> dict[str, Tensor]:
     """The slow weight, which may have to be made anew, and its momentum."""
     if is_unmoved:
-        state = {n: value for n, value in state.items() if n not in ("slow_param", "slow_residual")}
+        state = without_slow_weight(state)
     format = LOOKAHEAD.format_of(param, group)
     new = new_state(format, param, state, LOOKAHEAD.streams_of(group))
     beside = {part.name for part in format.param.rest}  # the inner optimizer's to make

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import support
 from ..backends.reference import Row
+from ..state.new_state import without_slow_weight
 from ..state.tensors import (
     check_allocated,
     check_state,
@@ -79,8 +80,7 @@ class PythonStep:
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
-            for part in ("slow_param", "slow_residual"):
-                known.pop(part, None)
+            known = without_slow_weight(known)
         format = self.algorithm.format_for(
             param, self.param_groups[group], self.state.get(param, {})
         )
