@@ -57,6 +57,10 @@ class Ranger(SlowWeights, FusedOptimizer):
         rho_threshold: rectify when the length of the approximated SMA, rho_t, is above this; at
             least 4, as in the paper; 5 is ``torch.optim.RAdam``'s.
         maximize: ascend instead of descend.
+        bounds: the lowest and the highest value of a parameter, either of which may be None, or
+            None. A step ends with what ``torch.clamp`` would do, in the same pass and after the
+            pull: slow weights keep within them from their first sync on. Of a complex parameter the
+            real and the imaginary parts are bounded.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact": beside the parameter the state
@@ -87,7 +91,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         capturable: the same; every step on a GPU can be captured in a CUDA graph.
         differentiable: not supported; True is an error.
 
-    Every argument from ``lr`` to ``maximize``, ``weight_rounding``, ``max_grad_norm`` and ``seed``
+    Every argument from ``lr`` to ``bounds``, ``weight_rounding``, ``max_grad_norm`` and ``seed``
     may be set for each parameter group, which has ``k`` and ``alpha`` as ``lookahead_k`` and
     ``lookahead_alpha``.
 
@@ -135,6 +139,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         decoupled_weight_decay: bool = True,
         rho_threshold: float = 4.0,
         maximize: bool = False,
+        bounds: tuple[float | None, float | None] | None = None,
         backend: BackendName | None = None,
         weight_rounding: str = "exact",
         state_dtype: StateDType = torch.float32,
@@ -159,6 +164,7 @@ class Ranger(SlowWeights, FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "rho_threshold": rho_threshold,
             "maximize": maximize,
+            "bounds": bounds,
             "weight_rounding": weight_rounding,
             "max_grad_norm": max_grad_norm,
             "seed": seed,

@@ -17,7 +17,11 @@ from ranger_cuda.state.tensors import DTensor, first_of, plain, plain_grad
 from ranger_cuda.step.algorithms import RANGER
 
 HYPER = packed(
-    [Hyperparameters(0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 0.0, 6, float("inf"), False, False)]
+    [
+        Hyperparameters(
+            0.1, 0.9, 0.99, 1e-8, 0.0, 4.0, 0.5, 0.0, -1.0, 1.0, 6, float("inf"), False, False
+        )
+    ]
 )
 EXCHANGE_API = torch.Tensor.__dlpack_c_exchange_api__
 

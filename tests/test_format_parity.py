@@ -59,6 +59,9 @@ def check(target, format, steps=7, build=Ranger, **more):
         if step == 2:  # slow weights get momentum in the middle of a run
             for group in (*native.param_groups, *reference.param_groups):
                 group["outer_momentum"] = 0.9
+        if step == 3:  # and bounds
+            for group in (*native.param_groups, *reference.param_groups):
+                group["bounds"] = (-0.3, 1.0)
         dtypes = formats.GRAD_DTYPES
         gradients = [
             None

@@ -64,6 +64,7 @@ groups = st.fixed_dictionaries(
         "alpha": st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0]),
         "outer_momentum": st.sampled_from([0.0, 0.5, 0.9]),
         "outer_nesterov": st.booleans(),
+        "bounds": st.sampled_from([None, (-0.5, 0.25), (0.0, None), (None, 0.1)]),
     }
 )
 models = st.lists(

@@ -24,6 +24,8 @@ def hyper(**changed):
         "rho_threshold": 4.0,
         "alpha": 0.5,
         "outer_momentum": 0.0,
+        "low": -math.inf,
+        "high": math.inf,
         "k": 6,
         "max_grad_norm": math.inf,
         "decoupled_weight_decay": True,

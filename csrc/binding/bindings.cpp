@@ -291,6 +291,7 @@ py::dict table_layout() {
   layout["l2"] = cuda::kL2;
   layout["sync"] = cuda::kSync;
   layout["outer"] = cuda::kOuter;
+  layout["bounded"] = cuda::kBounded;
   return layout;
 }
 

@@ -26,8 +26,9 @@ void radam_loop(const RadamArgs<T>& args) {
   T* __restrict__ slow = args.slow;
   for (int64_t i = 0; i < args.count; ++i) {
     Element<T> x = ranger::radam(Element<T>{p[i], m[i], v[i]}, g[i], c, l2, rectified);
-    if (kSync) x.p = slow[i] = ranger::lookahead(x.p, slow[i], c.alpha);
-    p[i] = x.p;
+    if (kSync) x.p = ranger::lookahead(x.p, slow[i], c.alpha);
+    p[i] = ranger::bounded(x.p, c);
+    if (kSync) slow[i] = p[i];
     m[i] = x.m;
     v[i] = kRoot ? x.root : x.v;
   }
@@ -49,8 +50,9 @@ void lookahead_loop(const LookaheadArgs<T>& args) {
   T* __restrict__ slow = args.slow;
   T* __restrict__ b = args.b;
   for (int64_t i = 0; i < args.count; ++i) {
-    p[i] = slow[i] = kOuter ? ranger::outer_step(p[i], slow[i], b[i], c)
+    const T pulled = kOuter ? ranger::outer_step(p[i], slow[i], b[i], c)
                             : ranger::lookahead(p[i], slow[i], c.alpha);
+    p[i] = slow[i] = ranger::bounded(pulled, c);
   }
 }
 

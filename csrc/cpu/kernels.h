@@ -11,7 +11,7 @@ namespace ranger::cpu {
 
 template <typename T>
 struct RadamArgs {
-  const Coefficients<T>& c;
+  Coefficients<T> c;
   bool rectified;
   bool sync;
   bool root;  // v becomes its root

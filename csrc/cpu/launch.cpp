@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -193,11 +194,15 @@ void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now)
   RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
     const Values<T> slow(row, chunk, kSlowParam), b(row, chunk, kOuterMomentumBuffer);
-    args.sync = b.data() == nullptr;  // in the same pass
-    args.slow = slow.data();
-    kernels_of<T>().radam(args);
-    if (!args.sync) {
-      kernels_of<T>().lookahead({args.c, chunk.count, p.data(), slow.data(), b.data()});
+    if (b.data() == nullptr) {  // in the same pass
+      args.sync = true;
+      args.slow = slow.data();
+      kernels_of<T>().radam(args);
+    } else {
+      args.c.low = -std::numeric_limits<T>::infinity();  // bounds come after the pull
+      args.c.high = std::numeric_limits<T>::infinity();
+      kernels_of<T>().radam(args);
+      kernels_of<T>().lookahead({of<T>(now), chunk.count, p.data(), slow.data(), b.data()});
     }
     slow.write_back(words, keys.of_param());
     b.write_back(words, {});

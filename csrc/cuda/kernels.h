@@ -112,8 +112,9 @@ struct ScheduleKernel {
     }
     const bool sync = now.sync && row.data[kSlowParam] != nullptr;
     const bool outer = sync && row.data[kOuterMomentumBuffer] != nullptr;
+    const bool bounded = hyper.low > -INFINITY || hyper.high < INFINITY;
     scalars.flags = kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) |
-                    (sync ? kSync : 0) | (outer ? kOuter : 0);
+                    (sync ? kSync : 0) | (outer ? kOuter : 0) | (bounded ? kBounded : 0);
     scalars.keys = random_keys(hyper.seed, row.place, step, header.is_pull != 0);
     *count = static_cast<float>(step);
   }
@@ -135,7 +136,7 @@ struct Streams {
 template <typename T>
 struct Update {
   Coefficients<T> c;
-  bool l2, rectified, sync, outer;
+  bool l2, rectified, sync, outer, bounded;
 };
 
 // Moves `kCount` packs from element `first` on, kThreads of them apart, as far as they lie before
@@ -187,6 +188,10 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
   for (int n = 0; n < kCount; ++n) {
     const int i = first + n * kApart;
     if (i >= end) continue;
+    if (u.bounded) {
+      RANGER_UNROLL()
+      for (int j = 0; j < kWidth; ++j) p[n].values[j] = bounded(p[n].values[j], u.c);
+    }
     s.p.store(i, p[n]);
     s.m.store(i, m[n]);
     s.v.store(i, v[n]);
@@ -230,8 +235,12 @@ struct RadamKernel {
     const int64_t flags = staged.scalars.flags;
     if (!(flags & kActive)) return;
     const DeviceRow& row = staged.row;
-    const Update<T> u{coefficients_of<T>(staged.scalars), (flags & kL2) != 0,
-                      (flags & kRectified) != 0, (flags & kSync) != 0, (flags & kOuter) != 0};
+    const Update<T> u{coefficients_of<T>(staged.scalars),
+                      (flags & kL2) != 0,
+                      (flags & kRectified) != 0,
+                      (flags & kSync) != 0,
+                      (flags & kOuter) != 0,
+                      (flags & kBounded) != 0};
     const Span span = span_of(chunk, row.numel);
     const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow, int64_t b) {
       return Streams<Format>{{row.data[kParam], p},

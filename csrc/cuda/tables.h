@@ -51,7 +51,7 @@ struct ChunkRef {
 
 // What the schedule kernel writes for a row and the other kernels of the step read: flags, where
 // the gradient is, the scalars in the type of the row's arithmetic, and the keys of random bits.
-constexpr int64_t kActive = 1, kRectified = 2, kL2 = 4, kSync = 8, kOuter = 16;
+constexpr int64_t kActive = 1, kRectified = 2, kL2 = 4, kSync = 8, kOuter = 16, kBounded = 32;
 
 struct RowScalars {
   int64_t flags;

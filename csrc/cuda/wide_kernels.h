@@ -164,6 +164,10 @@ struct WideRadamKernel {
         v.values[j] = kIsRoot<typename Format::ExpAvgSq> ? x.root : x.v;
       }
       if (sync) pull<Parameters, Elements>(at, p, staged.scalars);
+      if (flags & kBounded) {
+        RANGER_UNROLL()
+        for (int j = 0; j < kPack; ++j) p.values[j] = bounded(p.values[j], c);
+      }
       store_param<Parameters, Elements>(at, p, sync, keys);
       Words random(at, keys.of_exp_avg());
       store<typename Format::ExpAvg, Elements>(at, kExpAvg, m, random);

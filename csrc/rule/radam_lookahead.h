@@ -1,4 +1,5 @@
-// The update rule, once, for every kernel: RAdam, then Lookahead, with or without momentum.
+// The update rule, once, for every kernel: RAdam, then Lookahead, with or without momentum, then
+// bounds.
 //
 // Only + - * / and the square root, each correctly rounded and in this order. Compile without
 // contraction (-ffp-contract=off, nvcc -fmad=false): a fused multiply-add rounds once where the
@@ -49,6 +50,12 @@ RANGER_HOST_DEVICE T outer_step(T p, T slow, T& b, const Coefficients<T>& c) {
   b = c.outer_momentum * b + d;
   const T u = c.outer_nesterov != T(0) ? d + c.outer_momentum * b : b;
   return slow - c.alpha * u;
+}
+
+// Where a group's bounds leave a parameter. A NaN stays one, as in torch.clamp.
+template <typename T>
+RANGER_HOST_DEVICE T bounded(T p, const Coefficients<T>& c) {
+  return p < c.low ? c.low : p > c.high ? c.high : p;
 }
 
 }  // namespace ranger

@@ -24,8 +24,10 @@ struct Hyperparameters {
   double rho_threshold;   // rectify above this length of the approximated SMA
   double alpha;           // Lookahead interpolation factor
   double outer_momentum;  // of the slow weights; 0: none
-  int64_t k;              // Lookahead period in steps; 0: no Lookahead
-  double max_grad_norm;   // clip the gradients' total norm to this; infinity: no clipping
+  double low;             // bounds of the parameter; infinite: none
+  double high;
+  int64_t k;             // Lookahead period in steps; 0: no Lookahead
+  double max_grad_norm;  // clip the gradients' total norm to this; infinity: no clipping
   int64_t decoupled_weight_decay;
   int64_t maximize;
   int64_t outer_nesterov;  // 1 or 0
@@ -97,6 +99,8 @@ struct Coefficients {
   alignas(8) T alpha;
   alignas(8) T outer_momentum;
   alignas(8) T outer_nesterov;  // 1 or 0
+  alignas(8) T low;
+  alignas(8) T high;
 };
 
 template <typename T>
@@ -113,7 +117,9 @@ RANGER_HOST_DEVICE Coefficients<T> coefficients(const Hyperparameters& h, const 
           static_cast<T>(s.step_size),
           static_cast<T>(h.alpha),
           static_cast<T>(h.outer_momentum),
-          static_cast<T>(h.outer_nesterov)};
+          static_cast<T>(h.outer_nesterov),
+          static_cast<T>(h.low),
+          static_cast<T>(h.high)};
 }
 
 }  // namespace ranger

@@ -7,6 +7,7 @@ may fuse two roundings into one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -112,6 +113,8 @@ def radam_step(
             if c.sync:
                 slow = format.slow_param.decode(piece["slow_param"], piece, dtype)
                 p = pull(p, slow, piece, c, hypers[row.group])
+            p = bounded(p, c)
+            if c.sync:
                 format.slow_param.encode(p, piece["slow_param"], piece, bits.param)
             format.param.encode(p, piece["param"], piece, bits.param)
             format.exp_avg.encode(m, piece["exp_avg"], piece, bits.exp_avg)
@@ -172,6 +175,14 @@ def pull(
     p, b = outer_step(p, slow, piece["outer_momentum_buffer"], c)
     piece["outer_momentum_buffer"].copy_(b)
     return p
+
+
+def bounded(p: Tensor, c: Coefficients) -> Tensor:
+    """Where a group's bounds leave a parameter. A NaN stays one, as in ``torch.clamp``, and -0 at a
+    bound of 0, as there it may not."""
+    if c.low == -math.inf and c.high == math.inf:
+        return p
+    return torch.where(p < c.low, c.low, torch.where(p > c.high, c.high, p))
 
 
 @torch.no_grad()

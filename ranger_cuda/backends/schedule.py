@@ -44,6 +44,8 @@ class Coefficients(NamedTuple):
     alpha: float
     outer_momentum: float
     outer_nesterov: float  # 1 or 0
+    low: float
+    high: float
 
 
 def ipow(base: float, exponent: int) -> float:
@@ -110,6 +112,8 @@ def coefficients(
         hyper.alpha,
         hyper.outer_momentum,
         float(hyper.outer_nesterov),
+        hyper.low,
+        hyper.high,
     )
     return Coefficients(now.rectified, now.sync, *rounded(exact, dtype))
 

@@ -32,10 +32,11 @@ from .triton_memory import (
     strided_offset,
     written,
 )
-from .triton_rule import lookahead, outer_step, radam
+from .triton_rule import bounded, lookahead, outer_step, radam
 from .triton_schedule import coefficients_at, keys_at, schedule_kernel
 from .triton_words import (
     ACTIVE,
+    BOUNDED,
     COEFFICIENTS,
     EXP_AVG,
     EXP_AVG_SQ,
@@ -120,6 +121,7 @@ class Step(NamedTuple):
     rectified: Any
     sync: Any
     outer: Any
+    bounded: Any
     grad_dtype: Any
     keys: Any
 
@@ -152,6 +154,9 @@ def radam_block(
     p_bits = param_bits(at, step.keys, PARAM_CODEC)
     if step.sync:
         p = pulled(p, slow, words.b, i.b, at, step.c, step.outer, T, WIDE)
+    if step.bounded:
+        p = bounded(p, step.c)
+    if step.sync:
         store(words.slow, i.slow, at, p, p_bits, SLOW_CODEC, WIDE)
     store(words.p, i.p, at, p, p_bits, PARAM_CODEC, WIDE)
     m_bits = moment_bits(at, step.keys, EXP_AVG_CODEC, True)
@@ -188,6 +193,7 @@ def radam_kernel(
             rectified=(flags & RECTIFIED) != 0,
             sync=(flags & SYNC) != 0,
             outer=(flags & OUTER) != 0,
+            bounded=(flags & BOUNDED) != 0,
             grad_dtype=tl.load(record + GROUP) >> 48,
             keys=keys_at(slot + KEYS),
         )

@@ -25,6 +25,8 @@ class Coefficients(NamedTuple):
     alpha: Any
     outer_momentum: Any
     outer_nesterov: Any  # 1 or 0
+    low: Any
+    high: Any
 
 
 @triton.jit
@@ -82,3 +84,9 @@ def outer_step(p, slow, b, c):
     b = product(c.outer_momentum, b) + d
     u = tl.where(c.outer_nesterov != 0.0, d + product(c.outer_momentum, b), b)
     return slow - product(c.alpha, u), b
+
+
+@triton.jit
+def bounded(p, c):
+    """Where a group's bounds leave a parameter; a NaN stays one."""
+    return tl.where(p < c.low, c.low, tl.where(p > c.high, c.high, p))

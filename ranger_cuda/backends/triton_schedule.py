@@ -12,6 +12,7 @@ from .triton_words import (
     ALPHA,
     BETA1,
     BETA2,
+    BOUNDED,
     COEFFICIENTS,
     DECOUPLED,
     EPS,
@@ -21,8 +22,10 @@ from .triton_words import (
     GROUP,
     GROUP_LR,
     GROUP_WORDS,
+    HIGH,
     KEYS,
     L2,
+    LOW,
     LOWER_HALF,
     LR,
     MAX_GRAD_NORM,
@@ -110,6 +113,8 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     alpha = float64_at(group + ALPHA, active)
     outer_momentum = float64_at(group + OUTER_MOMENTUM, active)
     outer_nesterov = tl.load(group + OUTER_NESTEROV, mask=active, other=0).to(tl.float64)
+    low = float64_at(group + LOW, active)
+    high = float64_at(group + HIGH, active)
     k = tl.load(group + K, mask=active, other=0)
     max_grad_norm = float64_at(group + MAX_GRAD_NORM, active)
     decoupled = tl.load(group + DECOUPLED, mask=active, other=0) != 0
@@ -134,6 +139,8 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     sync = sync & (tl.load(record + SLOW_PARAM, mask=inside, other=0) != 0)
     outer = sync & (tl.load(record + OUTER_MOMENTUM_BUFFER, mask=inside, other=0) != 0)
 
+    bounded = (low > float("-inf")) | (high < float("inf"))
+
     scale = one / number_at(signals + GRAD_SCALE, one, active)
     coefficient = max_grad_norm / (number_at(signals + NORM, zero, active) * scale + 1e-6)
     clips = (max_grad_norm < float("inf")) & ((coefficient >= 1.0) == 0)
@@ -148,6 +155,7 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
         + tl.where(has_l2, L2, 0)
         + tl.where(sync, SYNC, 0)
         + tl.where(outer, OUTER, 0)
+        + tl.where(bounded, BOUNDED, 0)
     )
     slot = scalars + row * SCALAR_WORDS
     tl.store(slot, tl.where(active, flags, 0).to(tl.int64), mask=inside)
@@ -164,6 +172,8 @@ def schedule_kernel(rows, scalars, inputs, count, is_pull, BLOCK: tl.constexpr):
     write_scalar(slot, 9, alpha, active, is_float64)
     write_scalar(slot, 10, outer_momentum, active, is_float64)
     write_scalar(slot, 11, outer_nesterov, active, is_float64)
+    write_scalar(slot, 12, low, active, is_float64)
+    write_scalar(slot, 13, high, active, is_float64)
     place = tl.load(record + PLACE, mask=inside, other=0) & LOWER_HALF
     seed = tl.load(group + SEED, mask=active, other=0)
     write_keys(slot + KEYS, seed, place, 2 * step + is_pull, active)
@@ -207,6 +217,8 @@ def coefficients_at(words, T: tl.constexpr):
         alpha=tl.load(at + 9 * each),
         outer_momentum=tl.load(at + 10 * each),
         outer_nesterov=tl.load(at + 11 * each),
+        low=tl.load(at + 12 * each),
+        high=tl.load(at + 13 * each),
     )
 
 

@@ -30,6 +30,8 @@ class Hyperparameters(NamedTuple):
     rho_threshold: float
     alpha: float
     outer_momentum: float
+    low: float  # bounds of the parameter; infinite: none
+    high: float
     k: int  # 0: no Lookahead
     max_grad_norm: float  # infinity: no clipping
     decoupled_weight_decay: bool
@@ -46,7 +48,7 @@ LOOKAHEAD = {
     "outer_nesterov": "outer_nesterov",
 }
 
-_PACKED = struct.Struct("=8dqd4q")
+_PACKED = struct.Struct("=10dqd4q")
 
 
 def packed(groups: Iterable[Hyperparameters]) -> bytes:
@@ -77,6 +79,7 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         _number(group["rho_threshold"]),
         _number(group["lookahead_alpha"]) if lookahead else 1.0,
         _number(group["outer_momentum"]) if lookahead else 0.0,
+        *_bounds(group["bounds"]),
         operator.index(group["lookahead_k"]) if lookahead else 0,
         math.inf if max_grad_norm is None else float(max_grad_norm),
         bool(group["decoupled_weight_decay"]),
@@ -84,6 +87,11 @@ def read(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
         bool(group["outer_nesterov"]) if lookahead else True,
         operator.index(group["seed"]),
     )
+
+
+def _bounds(bounds: Any) -> tuple[float, float]:
+    low, high = (None, None) if bounds is None else bounds
+    return -math.inf if low is None else _number(low), math.inf if high is None else _number(high)
 
 
 def _number(value: Any) -> float:
@@ -133,6 +141,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"Invalid betas: {shown(betas)}; give two numbers, like (0.95, 0.999)")
     check_max_grad_norm(group["max_grad_norm"])
+    check_bounds(group["bounds"])
     for name in ("decoupled_weight_decay", "maximize"):
         check_choice(name, group[name], (True, False))
     if lookahead:
@@ -226,6 +235,19 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
         raise ValueError(
             f"Invalid max_grad_norm value: {shown(max_grad_norm)}; it must be above 0, or None for "
             "no clipping"
+        )
+
+
+def check_bounds(bounds: Any) -> None:
+    """Raise unless these are a lowest and a highest value, each of which may be None, or None."""
+    try:
+        low, high = _bounds(bounds)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not low <= high or low == math.inf or high == -math.inf:
+        raise ValueError(
+            f"Invalid bounds value: {shown(bounds)}; give the lowest and the highest value of a "
+            "parameter, like (-1.0, 1.0), None for none"
         )
 
 

@@ -148,6 +148,8 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         rho_threshold=4.0,
         alpha=float(group["lookahead_alpha"]),
         outer_momentum=float(group["outer_momentum"]),
+        low=-math.inf,
+        high=math.inf,
         k=operator.index(group["lookahead_k"]),
         max_grad_norm=math.inf,
         decoupled_weight_decay=False,

@@ -72,6 +72,8 @@ class Check {
     h.k = random_.of<int64_t>({0, 1, 2, 5});
     h.outer_momentum = random_.of({0.0, 0.0, 0.5, 0.9});
     h.outer_nesterov = random_.one_in(2);
+    h.low = random_.of<double>({-INFINITY, -INFINITY, -0.5, 0.0});
+    h.high = random_.of<double>({INFINITY, INFINITY, 0.25, 1.0});
     h.max_grad_norm = random_.of<double>({INFINITY, 0.5, 1e6});
     h.decoupled_weight_decay = random_.one_in(2);
     h.maximize = random_.one_in(3);
@@ -287,11 +289,13 @@ class Check {
         v = x.v;
       }
       if (sync) {
-        T& slow = element(kSlowParam, index);
-        p = slow = parameters_[i].streams[kOuterMomentumBuffer]
-                       ? ranger::outer_step(p, slow, element(kOuterMomentumBuffer, index), c)
-                       : ranger::lookahead(p, slow, c.alpha);
+        const T slow = element(kSlowParam, index);
+        p = parameters_[i].streams[kOuterMomentumBuffer]
+                ? ranger::outer_step(p, slow, element(kOuterMomentumBuffer, index), c)
+                : ranger::lookahead(p, slow, c.alpha);
       }
+      if (!alone) p = ranger::bounded(p, c);
+      if (sync) element(kSlowParam, index) = p;
     }
   }
 
