@@ -61,6 +61,10 @@ class RAdam(FusedOptimizer):
             ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
             with an optimizer for each parameter, leave it None and call
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
+        nonfinite_grad_norm: what a step does if that norm is infinite or NaN. "propagate": goes on,
+            as after ``clip_grad_norm_``. "skip": changes nothing, and does not count; no device is
+            waited for. "raise": an error before anything is changed, which waits for the norm. The
+            latter two take the norm without ``max_grad_norm``, too.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
         foreach: taken so that existing calls go on to work; it changes nothing.
@@ -111,6 +115,7 @@ class RAdam(FusedOptimizer):
         state_dtype: StateDType = torch.float32,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        nonfinite_grad_norm: str = "propagate",
         amp_scaling: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -137,4 +142,5 @@ class RAdam(FusedOptimizer):
             state_dtype=state_dtype,
             amp_scaling=amp_scaling,
             differentiable=differentiable,
+            nonfinite_grad_norm=nonfinite_grad_norm,
         )

@@ -82,6 +82,10 @@ class Ranger(SlowWeights, FusedOptimizer):
             ``model.clip_grad_norm_`` clips before the step; inside ZeroRedundancyOptimizer, and
             with an optimizer for each parameter, leave it None and call
             ``torch.nn.utils.clip_grad_norm_(model.parameters(), ...)``.
+        nonfinite_grad_norm: what a step does if that norm is infinite or NaN. "propagate": goes on,
+            as after ``clip_grad_norm_``. "skip": changes nothing, and does not count; no device is
+            waited for. "raise": an error before anything is changed, which waits for the norm. The
+            latter two take the norm without ``max_grad_norm``, too.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
         eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
@@ -145,6 +149,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         state_dtype: StateDType = torch.float32,
         seed: int = 0,
         max_grad_norm: float | None = None,
+        nonfinite_grad_norm: str = "propagate",
         amp_scaling: bool = False,
         eval_with_slow_weights: bool = False,
         foreach: bool | None = None,
@@ -176,5 +181,6 @@ class Ranger(SlowWeights, FusedOptimizer):
             state_dtype=state_dtype,
             amp_scaling=amp_scaling,
             differentiable=differentiable,
+            nonfinite_grad_norm=nonfinite_grad_norm,
             eval_with_slow_weights=eval_with_slow_weights,
         )

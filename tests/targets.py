@@ -140,6 +140,7 @@ def interpreted_kernels() -> ModuleType:
         modules = fresh_triton()
     # Which the interpreter applies to arrays; any other, to one number after the other.
     modules["triton_codecs"].larger = triton.language.standard._elementwise_max
+    modules["triton_norm"].added = triton.language.standard._sum_combine
     return modules["triton_kernels"]
 
 
@@ -152,7 +153,15 @@ def fresh_triton() -> dict[str, ModuleType]:
     """The modules of Triton's code once more, by name, not compiled yet."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for part in ("words", "codecs", "rule", "schedule", "memory", "kernels"):  # as they import
+        for part in (
+            "words",
+            "codecs",
+            "rule",
+            "schedule",
+            "memory",
+            "norm",
+            "kernels",
+        ):  # as they import
             name = f"triton_{part}"
             spec = importlib.util.find_spec(f"ranger_cuda.backends.{name}")
             found[name] = importlib.util.module_from_spec(spec)
@@ -187,7 +196,7 @@ def load(binary: Path) -> ModuleType:
 
 
 # By their mangled names; to compile all for the CPU takes minutes.
-PLAIN_KERNELS = r"ScheduleKernel|\d(Radam|Slow)Kernel"
+PLAIN_KERNELS = r"ScheduleKernel|SquaresKernel|TotalKernel|\d(Radam|Slow)Kernel"
 
 
 def kernels_of(format: formats.Format) -> str:

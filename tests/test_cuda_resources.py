@@ -22,6 +22,7 @@ ROW_KERNEL = re.compile(
     r"\d+(?P<rule>\w+?)E"
     r"|(?P<wide>WideRadamKernel)INS0_10WideFormatINS0_\d+(?P<params>\w+?)ParametersE(?P<codecs>\w+)"
     r"|(?P<pull>LowInterpolationKernel)"
+    r"|(?P<norm>SquaresKernel)ILb(?P<grad_strided>[01])E|(?P<total>TotalKernel)"
 )
 MOMENTS = {"GroupedSigned": "8bit", "StochasticBFloat16": "bfloat16", "PlainIf": "float32"}
 
@@ -45,6 +46,10 @@ class Kernel(NamedTuple):
         if match["slow"]:
             value = {"f": "float32", "d": "float64", "t": "16 bits"}[match["value"]]
             return Kernel("Slow", value, match["gaps"] == "1", match["rule"])
+        if match["norm"]:
+            return Kernel("Squares", "", match["grad_strided"] == "1")
+        if match["total"]:
+            return Kernel("Total")
         strided = "9Scattered" in mangled
         if match["pull"]:
             return Kernel("Wide", "low", strided, "Interpolation")
@@ -54,6 +59,8 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     *(Kernel("Schedule", detail=words) for words in ("52", "500", "1012", "2036", "4083")),
+    *(Kernel("Squares", "", strided) for strided in (False, True)),
+    Kernel("Total"),
     *(
         Kernel(*kernel)
         for strided in (False, True)
@@ -86,6 +93,9 @@ REGISTERS = {
     ("Wide", "float32", True): 128,
     ("Wide", "low", True): 128,
     ("Schedule", "", False): 80,
+    ("Squares", "", False): 64,
+    ("Squares", "", True): 64,
+    ("Total", "", False): 32,
 }
 # 16-byte accesses of a thread to each stream, side by side.
 PACKS = {"float32": 2, "float64": 1, "16 bits": 2}
@@ -183,7 +193,7 @@ def test_consecutive_streams_move_16_bytes_an_access_and_all_are_loaded_before_o
     compiled,
 ):
     for kernel, code in compiled.items():
-        if kernel.name in ("Schedule", "Wide") or kernel.strided:
+        if kernel.name not in ("Radam", "Slow") or kernel.strided:
             continue
         loads, stores = (5, 4) if kernel.name == "Radam" else (2, 2)
         first_store = next(i for i, name in enumerate(code.operations) if name.startswith("STG"))
@@ -192,6 +202,13 @@ def test_consecutive_streams_move_16_bytes_an_access_and_all_are_loaded_before_o
         assert code.count(r"STG\.E\.(\w+\.)*128") >= stores * PACKS[kernel.dtype], kernel
         if kernel.name == "Radam":
             assert before.count(WIDE_LOAD) == code.count(WIDE_LOAD), kernel
+
+
+def test_the_norm_loads_16_bytes_an_access_and_several_side_by_side(compiled):
+    code = compiled[Kernel("Squares")]
+    first_sum = next(i for i, name in enumerate(code.operations) if name.startswith("DADD"))
+    before = code._replace(operations=code.operations[:first_sum])
+    assert before.count(WIDE_LOAD) >= 2
 
 
 def test_low_precision_moves_a_pack_of_8_elements_an_access(compiled):

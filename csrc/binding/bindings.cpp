@@ -33,7 +33,7 @@ namespace {
 std::vector<Hyperparameters> to_groups(const py::bytes& packed) {
   const std::string_view bytes = packed;
   if (bytes.size() % sizeof(Hyperparameters) != 0) {
-    throw py::value_error("a group's hyperparameters are twelve of 8 bytes each");
+    throw py::value_error("a group's hyperparameters are numbers of 8 bytes each");
   }
   std::vector<Hyperparameters> hypers(bytes.size() / sizeof(Hyperparameters));
   std::memcpy(hypers.data(), bytes.data(), bytes.size());
@@ -111,6 +111,14 @@ py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& 
                        });
 }
 
+double squares_on_cpu(CpuLauncher& launcher, Roster& roster, const std::vector<bool>& counts,
+                      int num_threads) {
+  require_threads(num_threads);
+  return launcher.squares(roster, counts, [&](const cpu::Launcher& its) {
+    return its.squares(roster.rows(), counts, num_threads);
+  });
+}
+
 void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
   require_threads(num_threads);
   launcher.swap(roster, [&](cpu::Launcher& its) { its.swap(roster.rows(), num_threads); });
@@ -144,6 +152,17 @@ py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence
                        [&](cuda::Launcher& its) {
                          its.launch(roster.rows(), step.groups, step.signals, step.stream);
                        });
+}
+
+void squares_on_cuda(CudaLauncher& launcher, Roster& roster, const std::vector<bool>& counts,
+                     const py::object& total) {
+  const int32_t device = launcher.launcher().device();
+  const cuda::DeviceScalar out = to_scalar(total, roster.exchange(), device);
+  if (!out.is_float64) throw py::value_error("a sum of squares is a float64");
+  void* const stream = roster.exchange().current_stream(device);
+  launcher.squares(roster, counts, [&](cuda::Launcher& its) {
+    its.squares(roster.rows(), counts, static_cast<double*>(const_cast<void*>(out.data)), stream);
+  });
 }
 
 void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
@@ -337,6 +356,7 @@ PYBIND11_MODULE(_C, module) {
       .def("step", &step_on_cpu, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
            py::arg("moved"), py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
            py::arg("num_threads"))
+      .def("squares", &squares_on_cpu, py::arg("roster"), py::arg("counts"), py::arg("num_threads"))
       .def("swap", &swap_on_cpu, py::arg("roster"), py::arg("num_threads"));
 
   py::class_<CudaLauncher>(module, "CudaLauncher", py::module_local())
@@ -349,6 +369,7 @@ PYBIND11_MODULE(_C, module) {
       .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"))
       .def("step", &step_on_cuda, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
            py::arg("moved"), py::arg("hypers"), py::arg("signals"))
+      .def("squares", &squares_on_cuda, py::arg("roster"), py::arg("counts"), py::arg("total"))
       .def("swap", &swap_on_cuda, py::arg("roster"));
 
   module.def("insist", &insist, py::arg("function"), py::arg("is_done"),

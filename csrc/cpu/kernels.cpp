@@ -61,6 +61,23 @@ void lookahead_chunk(const LookaheadArgs<T>& args) {
   args.b != nullptr ? lookahead_loop<T, true>(args) : lookahead_loop<T, false>(args);
 }
 
+// In lanes, in a fixed order whatever the instruction set.
+template <typename T>
+double squares(const T* gradients, int64_t count) {
+  constexpr int kLanes = 16;
+  double sums[kLanes] = {};
+  int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double g = gradients[first + lane];
+      sums[lane] += g * g;
+    }
+  }
+  for (; first < count; ++first) sums[0] += double{gradients[first]} * double{gradients[first]};
+  for (int lane = 1; lane < kLanes; ++lane) sums[0] += sums[lane];
+  return sums[0];
+}
+
 template <typename T, typename Grad>
 void widen(const void* gradients, T* __restrict__ values, int64_t count) {
   const auto* __restrict__ from = static_cast<const Grad*>(gradients);
@@ -158,6 +175,7 @@ template <typename T>
 constexpr KernelsOf<T> kKernelsOf = {
     radam_chunk<T>,
     lookahead_chunk<T>,
+    squares<T>,
     {widen<T, float>, widen<T, double>, widen<T, BFloat16>, widen<T, Float16>},
     {RANGER_CODECS(RANGER_DECODER)},
     {RANGER_CODECS(RANGER_ENCODER)}};

@@ -44,6 +44,7 @@ template <typename T>
 struct KernelsOf {
   void (*radam)(const RadamArgs<T>&);
   void (*lookahead)(const LookaheadArgs<T>&);
+  double (*squares)(const T* gradients, int64_t count);  // their sum
   void (*widen[kGradDTypes])(const void* gradients, T* values, int64_t count);
   void (*decode[kCodecs])(const Stored& from, T* values);
   // `words`: of each element, 16 bits of which from `shift` on are random.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 
 #include "kernels.h"
@@ -309,6 +310,29 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
     info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now)
                                                  : run_chunk<float>(rule_, row, chunk, *now);
   });
+}
+
+double Launcher::squares(const Rows& rows, const std::vector<bool>& counts, int num_threads) const {
+  const auto is_counted = [&](const TensorRow& row) {
+    return row.active && (counts.empty() || counts[row.place]);
+  };
+  int64_t elements = 0;
+  for (const TensorRow& row : rows.rows) {
+    if (row.launcher == index_ && is_counted(row)) elements += row.numel;
+  }
+  std::vector<double> of_chunk(chunks_.size());
+  for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
+    const TensorRow& row = rows.rows[chunk.row];
+    if (!is_counted(row)) return;
+    double& sum = of_chunk[&chunk - chunks_.data()];
+    for_each_piece(chunk, is_direct(row), [&](const Chunk& piece) {
+      sum +=
+          info_of(row.format).value == DType::kFloat64
+              ? kernels_of<double>().squares(Values<double>(row, piece, kGrad).data(), piece.count)
+              : kernels_of<float>().squares(Values<float>(row, piece, kGrad).data(), piece.count);
+    });
+  });
+  return std::accumulate(of_chunk.begin(), of_chunk.end(), 0.0);
 }
 
 void Launcher::swap(const Rows& rows, int num_threads) const {

@@ -89,6 +89,10 @@ struct ScheduleKernel {
       return;
     }
     scalars.grad = reinterpret_cast<const void*>(grad);
+    if (header.purpose == kForNorm) {
+      scalars.flags = kActive;
+      return;
+    }
     GroupArgs group;
     std::memcpy(static_cast<void*>(&group),
                 args.words + (row.group - header.first_group) * kGroupWords, sizeof(group));
@@ -115,7 +119,7 @@ struct ScheduleKernel {
     const bool bounded = hyper.low > -INFINITY || hyper.high < INFINITY;
     scalars.flags = kActive | (now.rectified ? kRectified : 0) | (l2 ? kL2 : 0) |
                     (sync ? kSync : 0) | (outer ? kOuter : 0) | (bounded ? kBounded : 0);
-    scalars.keys = random_keys(hyper.seed, row.place, step, header.is_pull != 0);
+    scalars.keys = random_keys(hyper.seed, row.place, step, header.purpose == kForPull);
     *count = static_cast<float>(step);
   }
 };

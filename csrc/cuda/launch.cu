@@ -4,6 +4,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "norm_kernels.h"
 #include "runtime.h"
 #include "wide_kernels.h"
 
@@ -14,7 +15,7 @@ struct Launcher::DeviceTables {
   ~DeviceTables() {
     try {
       const DeviceGuard guard(device);
-      for (DeviceMemory* memory : {&rows, &scalars, &chunks, &layouts}) *memory = {};
+      for (DeviceMemory* memory : {&rows, &scalars, &chunks, &layouts, &squares}) *memory = {};
     } catch (const Error&) {  // the driver is gone already, and the memory with it
     }
   }
@@ -23,6 +24,7 @@ struct Launcher::DeviceTables {
 
   const int32_t device;
   DeviceMemory rows, scalars, chunks, layouts;
+  DeviceMemory squares;  // of each chunk's gradients
 };
 
 namespace {
@@ -144,6 +146,7 @@ void Launcher::prepare(const Rows& rows) {
   tables->rows = on_device(records);
   tables->scalars = on_device(std::vector<RowScalars>(records.size()));
   tables->chunks = on_device(geometry.chunks);
+  tables->squares = on_device(std::vector<double>(geometry.chunks.size()));
   geometry.chunks = {};  // the device has them now
   geometry_ = std::move(geometry);
   tables_ = std::move(tables);
@@ -160,20 +163,24 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
                       const Signals& signals, void* stream) {
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
-  schedule(rows, hypers, signals, stream);
+  schedule(rows, hypers, signals, nullptr, stream);
   rule_ == Rule::kRadam ? run<StepKernels>(stream) : run<PullKernels>(stream);
 }
 
 void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
-                        const Signals& signals, void* stream) {
+                        const Signals& signals, const std::vector<bool>* counts, void* stream) {
+  const int64_t purpose = counts != nullptr           ? kForNorm
+                          : rule_ == Rule::kLookahead ? kForPull
+                                                      : kForStep;
   for (const ScheduleLaunch& launch : geometry_.schedules) {
     by_tier(launch.words(), [&](auto kernel) {
       typename decltype(kernel)::Args args = {};
       args.header = {tables(0),          launch.first_row,   launch.row_count,
                      launch.first_group, launch.group_count, signals.grad_scale,
-                     signals.found_inf,  signals.norm,       rule_ == Rule::kLookahead};
+                     signals.found_inf,  signals.norm,       purpose};
       uint64_t* word = args.words;
       for (int32_t i = 0; i < launch.group_count; ++i, word += kGroupWords) {
+        if (purpose == kForNorm) continue;
         const int32_t group = launch.first_group + i;
         const GroupArgs group_args = {hypers[group], signals.lr[group]};
         std::memcpy(word, &group_args, sizeof(group_args));
@@ -181,7 +188,9 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
       for (int32_t i = 0; i < launch.row_count; ++i) {
         const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];
         const auto grad = reinterpret_cast<uint64_t>(row.data[kGrad]);
-        *word++ = row.active ? std::max(grad, kNoGrad) : 0;
+        const bool active =
+            row.active && (counts == nullptr || counts->empty() || (*counts)[row.place]);
+        *word++ = active ? std::max(grad, kNoGrad) : 0;
       }
       const int64_t blocks = (launch.row_count + kThreads - 1) / kThreads;
       cuda::launch<decltype(kernel)>(blocks, stream, args);
@@ -199,13 +208,32 @@ void Launcher::run(void* stream) {
   }
 }
 
+void Launcher::squares(const Rows& rows, const std::vector<bool>& counts, double* total,
+                       void* stream) {
+  const DeviceGuard guard(device_);
+  keep_while_captured(stream, tables_);
+  schedule(rows, {}, {}, &counts, stream);
+  double* const of_chunks = static_cast<double*>(tables_->squares.get());
+  int64_t count = 0;
+  for (const Launch& launch : geometry_.launches) {
+    const SquaresArgs args = {tables(launch.first_chunk), of_chunks + launch.first_chunk};
+    launch.strided ? cuda::launch<SquaresKernel<true>>(launch.chunk_count, stream, args)
+                   : cuda::launch<SquaresKernel<false>>(launch.chunk_count, stream, args);
+    count += launch.chunk_count;
+  }
+  cuda::launch<TotalKernel>(1, stream, {of_chunks, count, total});
+}
+
 // A step must not fail in its middle, and a capture must find what it records.
 void Launcher::load_kernels(const Geometry& geometry) const {
   const auto load = [](auto kernel) { require<decltype(kernel)>(); };
   for (const ScheduleLaunch& launch : geometry.schedules) by_tier(launch.words(), load);
+  if (rule_ == Rule::kRadam) load(TotalKernel());
   for (const Launch& launch : geometry.launches) {
     rule_ == Rule::kRadam ? by_kind<StepKernels>(launch, load) : by_kind<PullKernels>(launch, load);
     if (launch.has_slow) by_kind<SwapKernels>(launch, load);
+    if (rule_ == Rule::kRadam)
+      launch.strided ? load(SquaresKernel<true>()) : load(SquaresKernel<false>());
   }
 }
 

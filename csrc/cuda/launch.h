@@ -39,6 +39,9 @@ class Launcher {
   // Counts a step for each active row, finds its scalars, and runs the rule on it.
   void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
               void* stream);
+  // Writes to `total`, on the device, the sum of the squares of the active rows' gradients; of
+  // those whose places `counts` has true, unless it is empty.
+  void squares(const Rows& rows, const std::vector<bool>& counts, double* total, void* stream);
   // Parameters and slow weights of all rows change places.
   void swap(void* stream);
 
@@ -48,8 +51,9 @@ class Launcher {
   struct DeviceTables;
 
   Tables tables(int64_t first_chunk) const;
+  // `counts`: of a norm; otherwise nullptr.
   void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
-                const Signals& signals, void* stream);
+                const Signals& signals, const std::vector<bool>* counts, void* stream);
   template <class Kernels>
   void run(void* stream);
   void load_kernels(const Geometry& geometry) const;

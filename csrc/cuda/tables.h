@@ -87,6 +87,10 @@ struct GroupArgs {
   DeviceScalar lr;  // in place of hyper.lr, if there is one
 };
 
+// What a launch of the schedule kernel is for: a step, a pull after another optimizer's step, or
+// telling the kernels of the norm where gradients are, before the step.
+constexpr int64_t kForStep = 0, kForPull = 1, kForNorm = 2;
+
 // Arguments of the schedule kernel for consecutive rows. Gradients move from step to step, so their
 // addresses travel with the launch: nothing is copied, and a captured graph holds nothing that can
 // go stale. A launch pays for all of its arguments' bytes, so there are tiers: 512 bytes; the 4 KiB
@@ -100,7 +104,7 @@ struct ScheduleHeader {
   DeviceScalar grad_scale;  // GradScaler's loss scale; none: 1
   DeviceScalar found_inf;   // not 0: nothing moves in this step
   DeviceScalar norm;        // of all gradients; read where a group clips
-  int64_t is_pull;          // the rule is kLookahead
+  int64_t purpose;
 };
 
 constexpr int kHeaderWords = sizeof(ScheduleHeader) / 8;

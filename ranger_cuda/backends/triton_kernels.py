@@ -30,8 +30,10 @@ from .triton_memory import (
     pointer,
     store,
     strided_offset,
+    this_chunk,
     written,
 )
+from .triton_norm import squares_kernel, total_kernel
 from .triton_rule import bounded, lookahead, outer_step, radam
 from .triton_schedule import coefficients_at, keys_at, schedule_kernel
 from .triton_words import (
@@ -69,14 +71,9 @@ __all__ = [
     "radam_kernel",
     "schedule_kernel",
     "slow_kernel",
+    "squares_kernel",
+    "total_kernel",
 ]
-
-
-@triton.jit
-def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
-    """The program's work: a row, and the element of it that the chunk begins with (ChunkRef)."""
-    chunk = chunks + (tl.program_id(0).to(tl.int64) + first_chunk) * 2
-    return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64) * CHUNK
 
 
 @triton.jit

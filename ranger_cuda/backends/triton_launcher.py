@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..state.tensors import is_capturing
 from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words
@@ -73,6 +75,19 @@ class TritonLauncher:
         with on_device(self._device):
             tables.keep(self._captured)
             tables.launch(words)
+
+    def squares(self, roster: Any, counts: Sequence[bool], total: Tensor) -> None:
+        """Write to ``total`` the sum of the squares of the gradients of the rows that move.
+
+        Args:
+            counts: for each place, whether its gradient counts; empty: all do.
+        """
+        tables = self._tables
+        assert tables is not None
+        roster.gradients(self._index, tables.gradients)
+        with on_device(self._device):
+            tables.keep(self._captured)
+            tables.squares(counts, total)
 
     def swap(self, roster: Any) -> None:
         """Parameters and slow weights of the pairs change places: all, or none if it fails."""

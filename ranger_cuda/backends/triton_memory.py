@@ -193,6 +193,13 @@ def load_any(word, i, mask, dtype, T: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def this_chunk(chunks, first_chunk, CHUNK: tl.constexpr):
+    """The program's work: a row, and the element of it that the chunk begins with (ChunkRef)."""
+    chunk = chunks + (tl.program_id(0).to(tl.int64) + first_chunk) * 2
+    return tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64) * CHUNK
+
+
+@triton.jit
 def addresses(record, STREAM: tl.constexpr, CODEC: tl.constexpr):
     """Of a stream, and of what is stored beside it."""
     own = tl.load(record + STREAM)

@@ -104,6 +104,7 @@ class DeviceTables:
         kind_of = [(row.format, any(row.strides)) for row in rows]
         order = sorted(range(len(rows)), key=kind_of.__getitem__)  # as they stand there
         self._order = np.array(order, dtype=np.intp)
+        self._places = np.array([row.place for row in rows], dtype=np.intp)
         kinds = [kind_of[i] for i in order]
         ordered = [rows[i] for i in order]
         words: list[int] = []
@@ -137,6 +138,7 @@ class DeviceTables:
         scalars = np.zeros((len(rows), kernels.SCALAR_WORDS.value), dtype=np.int64)
         arrays = (records, scalars, table, inputs)
         self._tables = Tables(*(self._to_device(array) for array in arrays))
+        self._squares = self._to_device(np.zeros(len(table)))  # of each chunk's gradients
         self.launches = []
         for kind in dict.fromkeys(kinds):
             first = kinds.index(kind)
@@ -166,6 +168,10 @@ class DeviceTables:
                 if kind not in tried:
                     one = launch._replace(first_chunk=0, chunks=1)
                     self._run_rule(one, nothing)
+                    if self._rule == "RADAM":
+                        sums = self._to_device(np.zeros(1))
+                        self._sum_squares(one, nothing, zeros, sums)
+                        self._sum(sums, 0, sums)
                     if self._has_slow and is_swapped(launch.format):
                         self._slow(one, nothing, swap=True)
                     tried.add(kind)
@@ -195,6 +201,26 @@ class DeviceTables:
         for launch in self.launches:
             self._run_rule(launch, tables)
 
+    def squares(self, counts: Sequence[bool], total: Tensor) -> None:
+        """Write to ``total`` the sum of the squares of ``gradients``.
+
+        Args:
+            counts: for each place, whether its gradient counts; empty: all do.
+        """
+        gradients = self.gradients
+        if counts:
+            gradients = np.where(np.array(counts)[self._places], gradients, 0)
+        words = gradients[self._order]
+        if self._capturing:
+            addresses = write_words(words.tolist(), self.device)
+        else:
+            host = torch.from_numpy(words)
+            host = host if self.device.type == "cpu" else host.pin_memory()
+            addresses = host.to(self.device, non_blocking=True)
+        for launch in self.launches:
+            self._sum_squares(launch, self._tables, addresses, self._squares)
+        self._sum(self._squares, len(self._squares), total)
+
     def swap(self, launch: Launch) -> None:
         """The parameters of a launch and their slow weights change places."""
         self._slow(launch, self._tables, swap=True)
@@ -207,7 +233,7 @@ class DeviceTables:
             return
         stream = self._current_stream()
         if stream != self._stream:  # on which it was made, and which it goes back to
-            for table in (*self._tables, self.layouts):
+            for table in (*self._tables, self._squares, self.layouts):
                 table.record_stream(stream)
 
     def _upload(self, words: Sequence[int]) -> Tensor:
@@ -247,6 +273,24 @@ class DeviceTables:
             **options(kernels, launch),
             **moment_options(launch),
         )
+
+    def _sum_squares(self, launch: Launch, tables: Tables, gradients: Tensor, to: Tensor) -> None:
+        kernels = load_kernels()
+        kernels.squares_kernel[(launch.chunks,)](
+            tables.records,
+            gradients,
+            tables.chunks,
+            launch.first_chunk,
+            to,
+            T=triton_dtype(kernels, launch.format.value),
+            STRIDED=launch.strided,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK[launch.format.value],
+            num_warps=NUM_WARPS,
+        )
+
+    def _sum(self, of_chunks: Tensor, count: int, total: Tensor) -> None:
+        load_kernels().total_kernel[(1,)](of_chunks, count, total, BLOCK=1024, num_warps=NUM_WARPS)
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:
         kernels = load_kernels()

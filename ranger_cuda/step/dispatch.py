@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,10 +27,13 @@ from ..state.tensors import (
     local,
 )
 from .algorithms import LOOKAHEAD, Algorithm, Member, members
+from .clipping import Squares
 from .interrupts import Deferred
 from .native import Groups, Native, State, StepInputs
 from .python_step import ON_HOST, NewState, PythonStep
 from .swaps import Pairs, pairs_of, swapped
+
+Measure = Callable[[PythonStep, Squares, Scaling], Scaling]
 
 
 def check_no_capture() -> None:
@@ -242,8 +245,18 @@ class Dispatcher:
             step.commit()
             self._get_ready(step, self._find(step))
 
-    def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
-        """The second half of :meth:`step`: move what was collected, whatever interrupts."""
+    def launch(
+        self,
+        hypers: Sequence[Hyperparameters],
+        scaling: Scaling = NO_SCALING,
+        measure: Measure | None = None,
+    ) -> None:
+        """The second half of :meth:`step`: move what was collected, whatever interrupts.
+
+        Args:
+            measure: returns ``scaling`` with the norm of the gradients, of the step and of what has
+                the sums of their squares; it may raise.
+        """
         step, native = self._step, self._native
         assert step is not None
         with Deferred():
@@ -251,6 +264,8 @@ class Dispatcher:
                 if step.missing:
                     step.commit()
                     self._get_ready(step, self._find(step))
+                if measure is not None:
+                    scaling = measure(step, self._squares, scaling)
                 on_host = bool(self._rows) or (native is not None and native.on_host())
                 inputs = StepInputs.of(hypers, scaling, on_host=on_host)
             except BaseException:  # a table or a kernel that cannot be had
@@ -268,6 +283,15 @@ class Dispatcher:
                 self._algorithm.reference(self._rows, inputs.numbers, scales)
             if step.unmoved or step.at_rest:
                 self.unmoved = self.unmoved - step.unmoved | step.at_rest
+
+    def _squares(self, counts: Sequence[bool]) -> list[Tensor]:
+        """As :meth:`Native.squares`, with those of the reference's rows."""
+        sums = [] if self._native is None else self._native.squares(counts)
+        for row in self._rows:
+            if not counts or counts[row.place]:
+                assert row.grad is not None
+                sums.append(torch.linalg.vector_norm(row.grad, dtype=torch.float64).square())
+        return sums
 
     # --- slow weights ---------------------------------------------------------------------------
 

@@ -175,6 +175,23 @@ class Native:
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
                 launcher.kernels.prepare(self.roster)
 
+    def squares(self, counts: Sequence[bool]) -> list[Tensor]:
+        """The sums of the squares of the gradients that were collected, one of each launcher, where
+        its rows are: float64 scalars. They come before the launch, and nothing waits for them.
+
+        Args:
+            counts: for each place, whether its gradient counts; empty: all do.
+        """
+        sums = []
+        for backend, device, kernels in self.launchers:
+            if backend == "cpu":
+                value = kernels.squares(self.roster, counts, torch.get_num_threads())
+                sums.append(torch.tensor(value, dtype=torch.float64))
+            else:
+                sums.append(torch.zeros((), dtype=torch.float64, device=device))
+                kernels.squares(self.roster, counts, sums[-1])
+        return sums
+
     def launch(self, inputs: StepInputs) -> None:
         """Count a step for what was collected, and run the rule on it."""
         moved = self.roster.moved()

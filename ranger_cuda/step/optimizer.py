@@ -25,10 +25,11 @@ from ..state.checkpoint import (
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import decoded, new_state
 from ..state.tensors import check_state, on_accelerator
+from . import clipping
 from .algorithms import Algorithm, members
-from .clipping import total_norm
 from .dispatch import Dispatcher
 from .interrupts import Deferred
+from .python_step import PythonStep
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -42,6 +43,7 @@ class FusedOptimizer(Optimizer):
         backend: a backend's name, or None.
         state_dtype: of the moments. No group has it: it is how state is kept, not a
             hyperparameter, and a checkpoint's groups hold plain values only.
+        nonfinite_grad_norm: one of ``clipping.NONFINITE``.
         amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its overflow flag to the step.
         differentiable: refused if true.
         eval_with_slow_weights: whether ``eval()`` and ``train()`` do anything.
@@ -52,6 +54,7 @@ class FusedOptimizer(Optimizer):
     # class: GradScaler multiplies its scale by a grad_scale that is there.
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    grad_norm: Tensor | None
 
     def __init__(
         self,
@@ -62,10 +65,12 @@ class FusedOptimizer(Optimizer):
         state_dtype: formats.StateDType,
         amp_scaling: bool,
         differentiable: bool,
+        nonfinite_grad_norm: str,
         eval_with_slow_weights: bool = False,
     ) -> None:
         support.check_backend(backend)
         hyperparameters.check_choice("state_dtype", state_dtype, formats.STATE_DTYPES)
+        hyperparameters.check_choice("nonfinite_grad_norm", nonfinite_grad_norm, clipping.NONFINITE)
         hyperparameters.check_choice(
             "eval_with_slow_weights", eval_with_slow_weights, (True, False)
         )
@@ -78,6 +83,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "amp_scaling": amp_scaling,
             "state_dtype": state_dtype,
+            "nonfinite_grad_norm": nonfinite_grad_norm,
             "eval_with_slow_weights": eval_with_slow_weights,
         }
         self._check_group(defaults)  # a group may override a value that is wrong
@@ -89,6 +95,7 @@ class FusedOptimizer(Optimizer):
         self._algorithm = type(self)._algorithm._replace(state_dtype=self._options["state_dtype"])
         self._dispatcher = Dispatcher(self._algorithm, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())  # of what it is a copy of
+        self.grad_norm = None
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
@@ -137,9 +144,11 @@ class FusedOptimizer(Optimizer):
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
             scaling = Scaling(getattr(self, "grad_scale", None), found_inf, None)
-            if any(hyper.max_grad_norm < math.inf for hyper in hypers):
+            if self._options["nonfinite_grad_norm"] != "propagate" or any(
+                hyper.max_grad_norm < math.inf for hyper in hypers
+            ):
                 dispatcher.collect(self.param_groups, self.state, self._new_state)
-                dispatcher.launch(hypers, scaling._replace(norm=total_norm(self.param_groups)))
+                dispatcher.launch(hypers, scaling, self._measured)
             else:
                 dispatcher.step(self.param_groups, self.state, self._new_state, hypers, scaling)
         except BaseException:
@@ -150,6 +159,14 @@ class FusedOptimizer(Optimizer):
             raise
         finally:
             dispatcher.release()
+
+    def _measured(self, step: PythonStep, squares: clipping.Squares, scaling: Scaling) -> Scaling:
+        nonfinite = self._options["nonfinite_grad_norm"]
+        scaling = clipping.measured(step, squares, scaling, nonfinite)
+        assert scaling.norm is not None
+        scale = scaling.grad_scale
+        self.grad_norm = scaling.norm if scale is None else scaling.norm / scale
+        return scaling
 
     def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
         return hyperparameters.check(group, lookahead=self._has_lookahead)
