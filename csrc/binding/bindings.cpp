@@ -111,11 +111,11 @@ py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& 
                        });
 }
 
-double squares_on_cpu(CpuLauncher& launcher, Roster& roster, const std::vector<bool>& counts,
+double squares_on_cpu(CpuLauncher& launcher, Roster& roster, const std::vector<int32_t>& places,
                       int num_threads) {
   require_threads(num_threads);
-  return launcher.squares(roster, counts, [&](const cpu::Launcher& its) {
-    return its.squares(roster.rows(), counts, num_threads);
+  return launcher.squares(roster, places, [&](const cpu::Launcher& its) {
+    return its.squares(roster.rows(), places, num_threads);
   });
 }
 
@@ -154,14 +154,14 @@ py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence
                        });
 }
 
-void squares_on_cuda(CudaLauncher& launcher, Roster& roster, const std::vector<bool>& counts,
+void squares_on_cuda(CudaLauncher& launcher, Roster& roster, const std::vector<int32_t>& places,
                      const py::object& total) {
   const int32_t device = launcher.launcher().device();
   const cuda::DeviceScalar out = to_scalar(total, roster.exchange(), device);
   if (!out.is_float64) throw py::value_error("a sum of squares is a float64");
   void* const stream = roster.exchange().current_stream(device);
-  launcher.squares(roster, counts, [&](cuda::Launcher& its) {
-    its.squares(roster.rows(), counts, static_cast<double*>(const_cast<void*>(out.data)), stream);
+  launcher.squares(roster, places, [&](cuda::Launcher& its) {
+    its.squares(roster.rows(), places, static_cast<double*>(const_cast<void*>(out.data)), stream);
   });
 }
 
@@ -356,7 +356,7 @@ PYBIND11_MODULE(_C, module) {
       .def("step", &step_on_cpu, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
            py::arg("moved"), py::arg("hypers"), py::arg("unscale"), py::arg("norm"),
            py::arg("num_threads"))
-      .def("squares", &squares_on_cpu, py::arg("roster"), py::arg("counts"), py::arg("num_threads"))
+      .def("squares", &squares_on_cpu, py::arg("roster"), py::arg("places"), py::arg("num_threads"))
       .def("swap", &swap_on_cpu, py::arg("roster"), py::arg("num_threads"));
 
   py::class_<CudaLauncher>(module, "CudaLauncher", py::module_local())
@@ -369,7 +369,7 @@ PYBIND11_MODULE(_C, module) {
       .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"))
       .def("step", &step_on_cuda, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
            py::arg("moved"), py::arg("hypers"), py::arg("signals"))
-      .def("squares", &squares_on_cuda, py::arg("roster"), py::arg("counts"), py::arg("total"))
+      .def("squares", &squares_on_cuda, py::arg("roster"), py::arg("places"), py::arg("total"))
       .def("swap", &swap_on_cuda, py::arg("roster"));
 
   module.def("insist", &insist, py::arg("function"), py::arg("is_done"),

@@ -59,18 +59,15 @@ class Bound {
     return rest;
   }
 
-  // Calls `run(launcher)` for the norm of what collect() found; a place for each of `counts`.
+  // Calls `run(launcher)` for the norm of what collect() found.
   template <class Run>
-  auto squares(Roster& roster, const std::vector<bool>& counts, const Run& run) {
+  auto squares(Roster& roster, const std::vector<int32_t>& places, const Run& run) {
     const Roster::Use use(roster);
     const InUse in_use(in_use_);
     require_prepared(roster);
     for (const TensorRow& row : roster.rows().rows) {
       if (row.launcher != index_ || !row.active) continue;
       if (!has(row, {kGrad})) throw pybind11::value_error("a norm is of gradients");
-      if (!counts.empty() && static_cast<size_t>(row.place) >= counts.size()) {
-        throw pybind11::value_error("there must be a truth value for each parameter");
-      }
     }
     if (!roster.holds_memory()) return run(launcher_);
     const pybind11::gil_scoped_release released;

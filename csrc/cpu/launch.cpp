@@ -312,10 +312,9 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
   });
 }
 
-double Launcher::squares(const Rows& rows, const std::vector<bool>& counts, int num_threads) const {
-  const auto is_counted = [&](const TensorRow& row) {
-    return row.active && (counts.empty() || counts[row.place]);
-  };
+double Launcher::squares(const Rows& rows, const std::vector<int32_t>& places,
+                         int num_threads) const {
+  const auto is_counted = [&](const TensorRow& row) { return row.active && is_among(row, places); };
   int64_t elements = 0;
   for (const TensorRow& row : rows.rows) {
     if (row.launcher == index_ && is_counted(row)) elements += row.numel;

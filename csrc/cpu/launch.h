@@ -57,9 +57,9 @@ class Launcher {
   // Counts a step for each active row and runs the rule on it. `hypers`: one for each group.
   void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
               int num_threads);
-  // The sum of the squares of the active rows' gradients; of those whose places `counts` has true,
+  // The sum of the squares of the active rows' gradients; of those whose places are among `places`,
   // unless it is empty.
-  double squares(const Rows& rows, const std::vector<bool>& counts, int num_threads) const;
+  double squares(const Rows& rows, const std::vector<int32_t>& places, int num_threads) const;
   // Parameters and slow weights of each active row change places, bit for bit.
   void swap(const Rows& rows, int num_threads) const;
 

@@ -22,7 +22,7 @@ void Launcher::prepare(const Rows&) { refuse(); }
 void Launcher::launch(const Rows&, const std::vector<Hyperparameters>&, const Signals&, void*) {
   refuse();
 }
-void Launcher::squares(const Rows&, const std::vector<bool>&, double*, void*) { refuse(); }
+void Launcher::squares(const Rows&, const std::vector<int32_t>&, double*, void*) { refuse(); }
 void Launcher::swap(void*) { refuse(); }
 
 }  // namespace ranger::cuda

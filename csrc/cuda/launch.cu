@@ -168,8 +168,8 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
 }
 
 void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
-                        const Signals& signals, const std::vector<bool>* counts, void* stream) {
-  const int64_t purpose = counts != nullptr           ? kForNorm
+                        const Signals& signals, const std::vector<int32_t>* places, void* stream) {
+  const int64_t purpose = places != nullptr           ? kForNorm
                           : rule_ == Rule::kLookahead ? kForPull
                                                       : kForStep;
   for (const ScheduleLaunch& launch : geometry_.schedules) {
@@ -188,8 +188,7 @@ void Launcher::schedule(const Rows& rows, const std::vector<Hyperparameters>& hy
       for (int32_t i = 0; i < launch.row_count; ++i) {
         const TensorRow& row = rows.rows[geometry_.order[launch.first_row + i]];
         const auto grad = reinterpret_cast<uint64_t>(row.data[kGrad]);
-        const bool active =
-            row.active && (counts == nullptr || counts->empty() || (*counts)[row.place]);
+        const bool active = row.active && (places == nullptr || is_among(row, *places));
         *word++ = active ? std::max(grad, kNoGrad) : 0;
       }
       const int64_t blocks = (launch.row_count + kThreads - 1) / kThreads;
@@ -208,11 +207,11 @@ void Launcher::run(void* stream) {
   }
 }
 
-void Launcher::squares(const Rows& rows, const std::vector<bool>& counts, double* total,
+void Launcher::squares(const Rows& rows, const std::vector<int32_t>& places, double* total,
                        void* stream) {
   const DeviceGuard guard(device_);
   keep_while_captured(stream, tables_);
-  schedule(rows, {}, {}, &counts, stream);
+  schedule(rows, {}, {}, &places, stream);
   double* const of_chunks = static_cast<double*>(tables_->squares.get());
   int64_t count = 0;
   for (const Launch& launch : geometry_.launches) {

@@ -40,8 +40,8 @@ class Launcher {
   void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
               void* stream);
   // Writes to `total`, on the device, the sum of the squares of the active rows' gradients; of
-  // those whose places `counts` has true, unless it is empty.
-  void squares(const Rows& rows, const std::vector<bool>& counts, double* total, void* stream);
+  // those whose places are among `places`, unless it is empty.
+  void squares(const Rows& rows, const std::vector<int32_t>& places, double* total, void* stream);
   // Parameters and slow weights of all rows change places.
   void swap(void* stream);
 
@@ -51,9 +51,9 @@ class Launcher {
   struct DeviceTables;
 
   Tables tables(int64_t first_chunk) const;
-  // `counts`: of a norm; otherwise nullptr.
+  // `places`: of a norm; otherwise nullptr.
   void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
-                const Signals& signals, const std::vector<bool>* counts, void* stream);
+                const Signals& signals, const std::vector<int32_t>* places, void* stream);
   template <class Kernels>
   void run(void* stream);
   void load_kernels(const Geometry& geometry) const;

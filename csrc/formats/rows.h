@@ -2,6 +2,7 @@
 // neither Python nor a device.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -59,6 +60,11 @@ inline DType stored(const TensorRow& row, int tensor) {
 // Whether a tensor has an element for each group of elements, and not for each.
 inline bool is_grouped(const TensorRow& row, int tensor) {
   return tensor > kRestOf && codec_of(row, tensor - kRestOf).is_grouped;
+}
+
+// Whether the row's place is one of these, which are in order; if there are none, all are meant.
+inline bool is_among(const TensorRow& row, const std::vector<int32_t>& places) {
+  return places.empty() || std::binary_search(places.begin(), places.end(), row.place);
 }
 
 // The rows of an optimizer. `version` differs whenever anything but the gradients' addresses and

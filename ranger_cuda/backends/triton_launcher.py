@@ -76,18 +76,18 @@ class TritonLauncher:
             tables.keep(self._captured)
             tables.launch(words)
 
-    def squares(self, roster: Any, counts: Sequence[bool], total: Tensor) -> None:
+    def squares(self, roster: Any, places: Sequence[int], total: Tensor) -> None:
         """Write to ``total`` the sum of the squares of the gradients of the rows that move.
 
         Args:
-            counts: for each place, whether its gradient counts; empty: all do.
+            places: of the parameters that count; empty: all do.
         """
         tables = self._tables
         assert tables is not None
         roster.gradients(self._index, tables.gradients)
         with on_device(self._device):
             tables.keep(self._captured)
-            tables.squares(counts, total)
+            tables.squares(places, total)
 
     def swap(self, roster: Any) -> None:
         """Parameters and slow weights of the pairs change places: all, or none if it fails."""

@@ -201,15 +201,15 @@ class DeviceTables:
         for launch in self.launches:
             self._run_rule(launch, tables)
 
-    def squares(self, counts: Sequence[bool], total: Tensor) -> None:
+    def squares(self, places: Sequence[int], total: Tensor) -> None:
         """Write to ``total`` the sum of the squares of ``gradients``.
 
         Args:
-            counts: for each place, whether its gradient counts; empty: all do.
+            places: of the parameters that count; empty: all do.
         """
         gradients = self.gradients
-        if counts:
-            gradients = np.where(np.array(counts)[self._places], gradients, 0)
+        if places:
+            gradients = np.where(np.isin(self._places, places), gradients, 0)
         words = gradients[self._order]
         if self._capturing:
             addresses = write_words(words.tolist(), self.device)

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backends.scaling import Scaling
 from ..state.tensors import DTensor, is_capturing, is_fsdp1_s
-from .algorithms import members
-from .python_step import PythonStep
 
 NONFINITE = ("propagate", "skip", "raise")  # what becomes of a step whose norm is not finite
 
-# Of the gradients of a step, the sums of their squares, of which there are some: of those whose
-# places have True, or of all if the list is empty.
-Squares = Callable[[Sequence[bool]], list[Tensor]]
+
+class Found(Protocol):
+    """The parameters that a step moves."""
+
+    def moving(self) -> list[Tensor]:
+        """They themselves."""
+
+    def place_of(self) -> dict[Tensor, int]:
+        """Where each parameter stands, counted through the groups."""
+
+    def squares(self, places: set[int] | None = None) -> list[Tensor]:
+        """Sums of the squares of their gradients, float64 scalars: of each device one or more.
+
+        Args:
+            places: of the parameters that count; None: all do.
+        """
 
 
-def measured(step: PythonStep, squares: Squares, scaling: Scaling, nonfinite: str) -> Scaling:
+def measured(found: Found, scaling: Scaling, nonfinite: str) -> Scaling:
     """``scaling`` with the norm of the gradients, and with what is to be done if it is infinite or
     NaN: one of ``NONFINITE``. Only "raise" waits for a device.
 
     Raises:
         RuntimeError: a norm that is not finite, if that is to be raised; or see :func:`total_norm`.
     """
-    norm = total_norm(step, squares)
-    found = scaling.found_inf
+    norm = total_norm(found)
+    found_inf = scaling.found_inf
     if nonfinite == "skip":
         skip = (~norm.isfinite()).float()
-        both = skip if found is None else torch.maximum(skip, found.to(skip))
+        both = skip if found_inf is None else torch.maximum(skip, found_inf.to(skip))
         scaling = scaling._replace(found_inf=both)
     elif nonfinite == "raise":
         if is_capturing():
@@ -39,7 +49,9 @@ def measured(step: PythonStep, squares: Squares, scaling: Scaling, nonfinite: st
                 'nonfinite_grad_norm="raise" waits for the norm of the gradients, and cannot be '
                 'captured in a CUDA graph; use "skip"'
             )
-        overflow = found is not None and bool(found != 0.0)  # GradScaler's, which it expects
+        overflow = found_inf is not None and bool(
+            found_inf != 0.0
+        )  # GradScaler's, which it expects
         if not (norm.isfinite() or overflow):
             raise RuntimeError(
                 f"the norm of the gradients is {norm.item()}; nothing has been changed. Look for "
@@ -49,7 +61,7 @@ def measured(step: PythonStep, squares: Squares, scaling: Scaling, nonfinite: st
 
 
 @torch.no_grad()
-def total_norm(step: PythonStep, squares: Squares) -> Tensor:
+def total_norm(found: Found) -> Tensor:
     """The 2-norm of all gradients taken together, over all ranks for those of DTensors.
 
     In float64, in an order that is fixed on one device and layout; outside the numerical contract.
@@ -60,10 +72,9 @@ def total_norm(step: PythonStep, squares: Squares) -> Tensor:
     Raises:
         RuntimeError: a parameter is known to be one rank's part of what the norm should be over.
     """
-    found = list(members(step.param_groups))
-    of_mesh: dict[Any, list[int]] = {}
-    for position in step.movers():
-        param = found[position].param
+    of_mesh: dict[Any, list[Tensor]] = {}
+    plain: list[Tensor] = []
+    for param in found.moving():
         if is_fsdp1_s(param):
             raise RuntimeError(
                 "max_grad_norm would clip by the norm of one rank's shards under "
@@ -71,18 +82,23 @@ def total_norm(step: PythonStep, squares: Squares) -> Tensor:
                 "call model.clip_grad_norm_(...) before the step, or shard with "
                 "torch.distributed.fsdp.fully_shard"
             )
-        mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
-        of_mesh.setdefault(mesh, []).append(position)
+        if isinstance(param, DTensor):
+            of_mesh.setdefault((param.device_mesh, param.placements), []).append(param)
+        else:
+            plain.append(param)
+    if plain or not of_mesh:
+        of_mesh[None] = plain
+    if len(of_mesh) == 1:
+        places = dict.fromkeys(of_mesh)
+    else:
+        place_of = found.place_of()
+        places = {mesh: {place_of[p] for p in params} for mesh, params in of_mesh.items()}
     sums = []
-    for mesh, positions in of_mesh.items():
-        counts = [False] * len(found) if len(of_mesh) > 1 else []
-        for position in positions if counts else ():
-            counts[position] = True
-        own = _sum(squares(counts), found[positions[0]].param.device)
-        if mesh is not None:
-            own = _over_ranks(own, *mesh)
-        sums.append(own)
-    return _sum(sums, sums[0].device if sums else torch.device("cpu")).sqrt()
+    for mesh, params in of_mesh.items():
+        device = params[0].device if params else torch.device("cpu")
+        own = _sum(found.squares(places[mesh]), device)
+        sums.append(own if mesh is None else _over_ranks(own, *mesh))
+    return _sum(sums, sums[0].device).sqrt()
 
 
 def _sum(numbers: list[Tensor], device: torch.device) -> Tensor:

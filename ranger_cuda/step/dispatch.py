@@ -27,13 +27,13 @@ from ..state.tensors import (
     local,
 )
 from .algorithms import LOOKAHEAD, Algorithm, Member, members
-from .clipping import Squares
+from .clipping import Found
 from .interrupts import Deferred
 from .native import Groups, Native, State, StepInputs
 from .python_step import ON_HOST, NewState, PythonStep
 from .swaps import Pairs, pairs_of, swapped
 
-Measure = Callable[[PythonStep, Squares, Scaling], Scaling]
+Measure = Callable[[Found, Scaling], Scaling]
 
 
 def check_no_capture() -> None:
@@ -254,8 +254,7 @@ class Dispatcher:
         """The second half of :meth:`step`: move what was collected, whatever interrupts.
 
         Args:
-            measure: returns ``scaling`` with the norm of the gradients, of the step and of what has
-                the sums of their squares; it may raise.
+            measure: returns ``scaling`` with the norm of the gradients; it may raise.
         """
         step, native = self._step, self._native
         assert step is not None
@@ -265,7 +264,7 @@ class Dispatcher:
                     step.commit()
                     self._get_ready(step, self._find(step))
                 if measure is not None:
-                    scaling = measure(step, self._squares, scaling)
+                    scaling = measure(self, scaling)
                 on_host = bool(self._rows) or (native is not None and native.on_host())
                 inputs = StepInputs.of(hypers, scaling, on_host=on_host)
             except BaseException:  # a table or a kernel that cannot be had
@@ -284,11 +283,21 @@ class Dispatcher:
             if step.unmoved or step.at_rest:
                 self.unmoved = self.unmoved - step.unmoved | step.at_rest
 
-    def _squares(self, counts: Sequence[bool]) -> list[Tensor]:
-        """As :meth:`Native.squares`, with those of the reference's rows."""
-        sums = [] if self._native is None else self._native.squares(counts)
+    def moving(self) -> list[Tensor]:
+        """As in :class:`clipping.Found`."""
+        moved = [] if self._native is None else self._native.roster.moved()
+        return moved + [row.param for row in self._rows]
+
+    def place_of(self) -> dict[Tensor, int]:
+        """As in :class:`clipping.Found`."""
+        assert self._step is not None
+        return {found.param: i for i, found in enumerate(members(self._step.param_groups))}
+
+    def squares(self, places: set[int] | None = None) -> list[Tensor]:
+        """As in :class:`clipping.Found`."""
+        sums = [] if self._native is None else self._native.squares(places)
         for row in self._rows:
-            if not counts or counts[row.place]:
+            if places is None or row.place in places:
                 assert row.grad is not None
                 sums.append(torch.linalg.vector_norm(row.grad, dtype=torch.float64).square())
         return sums

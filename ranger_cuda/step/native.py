@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,21 +175,22 @@ class Native:
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
                 launcher.kernels.prepare(self.roster)
 
-    def squares(self, counts: Sequence[bool]) -> list[Tensor]:
+    def squares(self, places: Collection[int] | None) -> list[Tensor]:
         """The sums of the squares of the gradients that were collected, one of each launcher, where
         its rows are: float64 scalars. They come before the launch, and nothing waits for them.
 
         Args:
-            counts: for each place, whether its gradient counts; empty: all do.
+            places: of the parameters that count; None: all do.
         """
+        of = [] if places is None else sorted(places)
         sums = []
         for backend, device, kernels in self.launchers:
             if backend == "cpu":
-                value = kernels.squares(self.roster, counts, torch.get_num_threads())
+                value = kernels.squares(self.roster, of, torch.get_num_threads())
                 sums.append(torch.tensor(value, dtype=torch.float64))
             else:
                 sums.append(torch.zeros((), dtype=torch.float64, device=device))
-                kernels.squares(self.roster, counts, sums[-1])
+                kernels.squares(self.roster, of, sums[-1])
         return sums
 
     def launch(self, inputs: StepInputs) -> None:

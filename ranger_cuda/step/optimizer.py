@@ -29,7 +29,6 @@ from . import clipping
 from .algorithms import Algorithm, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
-from .python_step import PythonStep
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -160,9 +159,9 @@ class FusedOptimizer(Optimizer):
         finally:
             dispatcher.release()
 
-    def _measured(self, step: PythonStep, squares: clipping.Squares, scaling: Scaling) -> Scaling:
+    def _measured(self, found: clipping.Found, scaling: Scaling) -> Scaling:
         nonfinite = self._options["nonfinite_grad_norm"]
-        scaling = clipping.measured(step, squares, scaling, nonfinite)
+        scaling = clipping.measured(found, scaling, nonfinite)
         assert scaling.norm is not None
         scale = scaling.grad_scale
         self.grad_norm = scaling.norm if scale is None else scaling.norm / scale
