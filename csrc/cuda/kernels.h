@@ -188,14 +188,17 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
       if (i < end) s.b.store(i, b[n]);
     }
   }
+  if (u.bounded) {
+    RANGER_UNROLL()
+    for (int n = 0; n < kCount; ++n) {
+      RANGER_UNROLL()
+      for (int j = 0; j < kWidth; ++j) p[n].values[j] = bounded(p[n].values[j], u.c);
+    }
+  }
   RANGER_UNROLL()
   for (int n = 0; n < kCount; ++n) {
     const int i = first + n * kApart;
     if (i >= end) continue;
-    if (u.bounded) {
-      RANGER_UNROLL()
-      for (int j = 0; j < kWidth; ++j) p[n].values[j] = bounded(p[n].values[j], u.c);
-    }
     s.p.store(i, p[n]);
     s.m.store(i, m[n]);
     s.v.store(i, v[n]);
