@@ -95,7 +95,7 @@ REGISTERS = {
     ("Schedule", "", False): 80,
     ("Squares", "", False): 64,
     ("Squares", "", True): 64,
-    ("Total", "", False): 32,
+    ("Total", "", False): 64,
 }
 # 16-byte accesses of a thread to each stream, side by side.
 PACKS = {"float32": 2, "float64": 1, "16 bits": 2}

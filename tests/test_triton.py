@@ -286,7 +286,7 @@ def test_the_tables_are_those_of_the_compiled_backend():
     words = ("row_words", "rest_of", "numel", "step", "layout", "first", "group", "place", "seed")
     words += ("scalar_words", "coefficients", "keys", "group_words")
     here = {name: getattr(triton_words, name.upper()).value for name in words}
-    flags = ("active", "rectified", "l2", "sync", "outer")
+    flags = ("active", "rectified", "l2", "sync", "outer", "bounded")
     here |= {name: getattr(triton_words, name.upper()).value for name in flags}
     assert extension.table_layout() == here
 

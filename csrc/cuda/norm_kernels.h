@@ -89,7 +89,9 @@ struct SquaresKernel {
       }
     }
     sum = sum_of_block(thread, sum, shared.room);
-    if (thread.index() == 0) args.of_chunks[thread.block()] = sum;
+    double* const of_chunks = args.of_chunks;
+    RANGER_ASSUME_GLOBAL(of_chunks);
+    if (thread.index() == 0) of_chunks[thread.block()] = sum;
   }
 };
 
@@ -103,10 +105,14 @@ struct TotalKernel {
 
   template <class Thread>
   RANGER_HOST_DEVICE static void run(const Thread& thread, const Args& args, Shared& shared) {
+    const double* const of_chunks = args.of_chunks;
+    double* const total = args.total;
+    RANGER_ASSUME_GLOBAL(of_chunks);
+    RANGER_ASSUME_GLOBAL(total);
     double sum = 0.0;
-    for (int64_t i = thread.index(); i < args.count; i += kThreads) sum += args.of_chunks[i];
+    for (int64_t i = thread.index(); i < args.count; i += kThreads) sum += of_chunks[i];
     sum = sum_of_block(thread, sum, shared.room);
-    if (thread.index() == 0) *args.total = sum;
+    if (thread.index() == 0) *total = sum;
   }
 };
 

@@ -154,7 +154,8 @@ class DeviceTables:
     def _try_out(self, tried: set[Any]) -> None:
         """Compile and load all kernels, torch's too, over tables of zeros, in which nothing moves.
 
-        A step must not fail in its middle, and a capture must find them loaded.
+        A step must not fail in its middle, and a capture must find them loaded. Those of the norm
+        are compiled by the first step that takes one, which it does before it changes anything.
         """
         zeros = self._to_device(np.zeros(64, dtype=np.int64))
         nothing = Tables(zeros, zeros, zeros.view(torch.int32), zeros)
@@ -168,10 +169,6 @@ class DeviceTables:
                 if kind not in tried:
                     one = launch._replace(first_chunk=0, chunks=1)
                     self._run_rule(one, nothing)
-                    if self._rule == "RADAM":
-                        sums = self._to_device(np.zeros(1))
-                        self._sum_squares(one, nothing, zeros, sums)
-                        self._sum(sums, 0, sums)
                     if self._has_slow and is_swapped(launch.format):
                         self._slow(one, nothing, swap=True)
                     tried.add(kind)
