@@ -20,6 +20,7 @@ class Roster:
         plain: Callable[[Tensor], Tensor],
         plain_grad: Callable[[Tensor], Tensor],
         first_of: Callable[[Tensor], int],
+        first_place: int = 0,
     ) -> None: ...
     @property
     def version(self) -> int: ...

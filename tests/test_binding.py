@@ -150,6 +150,9 @@ MISUSES = {
     "names that are no strings": lambda: Made().extension.Roster(
         EXCHANGE_API, (1, 2, 3, 4), "step", DTensor, plain, plain_grad, first_of
     ),
+    "a place below 0": lambda: Made().extension.Roster(
+        EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad, first_of, -1
+    ),
     "another capsule": lambda: Made().extension.Roster(
         torch.ones(1).__dlpack__(), RANGER.streams, "step", DTensor, plain, plain_grad, first_of
     ),

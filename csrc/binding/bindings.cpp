@@ -329,9 +329,9 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<Roster>(module, "Roster", py::module_local())
       .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object,
-                    py::object>(),
+                    py::object, int32_t>(),
            py::arg("exchange_api"), py::arg("streams"), py::arg("step_name"), py::arg("dtensor"),
-           py::arg("plain"), py::arg("plain_grad"), py::arg("first_of"))
+           py::arg("plain"), py::arg("plain_grad"), py::arg("first_of"), py::arg("first_place") = 0)
       .def("serve", &Roster::serve, py::arg("tensor"), py::arg("weight_rounding"),
            py::arg("launcher"), py::arg("format"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),

@@ -203,7 +203,7 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool i
   next.device_type = static_cast<int8_t>(param.device.device_type);
   if (mover.items[kGrad] != nullptr) next.grad_dtype = dtype_of(found[kGrad]).value();
   next.numel = count_elements(shape);
-  next.place = mover.position;
+  next.place = first_place_ + mover.position;
   next.group = members_.empty() ? 0 : members_[mover.position].group;
   next.active = true;
   if (mover.items[kStep] != nullptr) next.step = static_cast<float*>(data_of(found[kStep]));

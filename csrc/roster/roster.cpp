@@ -48,17 +48,20 @@ Roster::Use::Use(Roster& roster) : roster_(roster) {
 // --- a step ------------------------------------------------------------------------------------
 
 Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py::str step_name,
-               py::object dtensor, py::object plain, py::object plain_grad, py::object first_of)
+               py::object dtensor, py::object plain, py::object plain_grad, py::object first_of,
+               int32_t first_place)
     : exchange_(exchange_api),
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)),
       first_of_(std::move(first_of)),
+      first_place_(first_place),
       prefetch_(exchange_) {
   if (!PyType_Check(dtensor_.ptr()) ||
       !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(dtensor_.ptr()), tensor_type())) {
     throw py::type_error("dtensor must be a type of tensors");
   }
+  if (first_place < 0) throw py::value_error("first_place counts parameters, from 0");
   if (streams.size() != kNamed - 1) {
     throw py::value_error(
         "streams must be four: the names of exp_avg, exp_avg_sq, slow_param and "

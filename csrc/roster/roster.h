@@ -47,9 +47,10 @@ class Roster {
   // a tensor's own memory as a real tensor; `plain_grad(param)`, likewise its gradient, where the
   // kernels cannot read it as it is; `first_of(dtensor)`, where in the whole its shard's elements
   // begin. None may hold the roster: Python's garbage collector does not see into it.
+  // `first_place`: of the first parameter of the groups, where these are not all of an optimizer's.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
-         pybind11::object plain_grad, pybind11::object first_of);
+         pybind11::object plain_grad, pybind11::object first_of, int32_t first_place);
 
   // From now on tensors of the dtype and on the device of `tensor`, in groups of that
   // "weight_rounding" (empty: in any), are moved by that launcher, if they and their state are
@@ -174,6 +175,7 @@ class Roster {
   pybind11::object plain_;
   pybind11::object plain_grad_;
   pybind11::object first_of_;
+  const int32_t first_place_;
   const Prefetcher prefetch_;
   std::vector<Kind> kinds_;
 

@@ -33,6 +33,17 @@ def members(param_groups: Groups) -> Iterator[Member]:
             yield Member(param, i, name)
 
 
+class Name(str):
+    """What error messages call a parameter, in place of a name that they quote."""
+
+    __repr__ = str.__str__
+
+
+def alone(member: Member, group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's group, without the others in it."""
+    return {**group, "params": [member.param], "param_names": [Name(member.name)]}
+
+
 def is_at_rest(group: dict[str, Any]) -> bool:
     """Whether a step moves no parameter of ``group``: its ``lr`` is 0. One on an accelerator is not
     read, which would wait for it."""

@@ -52,6 +52,8 @@ class Dispatcher:
     Args:
         algorithm: what moves the parameters.
         backend: what the user asked for, or None.
+        whole: the dispatcher of all of the optimizer's parameters; None: it is this one.
+        first_place: of the first of those in the groups that this one is given.
 
     It does not refer back to the optimizer, and between steps to no tensor but parameters that are
     ``unmoved``: deleting an optimizer, or its state, frees the memory at once.
@@ -64,12 +66,20 @@ class Dispatcher:
 
     unmoved: set[Tensor]
 
-    def __init__(self, algorithm: Algorithm, backend: str | None) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        backend: str | None,
+        whole: Dispatcher | None = None,
+        first_place: int = 0,
+    ) -> None:
         self._algorithm = algorithm
         self._backend = backend
+        self._first_place = first_place
         self.unmoved = set()
-        self._captured: list[Any] = []  # tables that graphs read, launcher or no launcher
-        self._tried: set[Any] = set()
+        # Tables that graphs read, launcher or no launcher.
+        self._captured: list[Any] = [] if whole is None else whole._captured
+        self._tried: set[Any] = set() if whole is None else whole._tried
         self._lock = threading.Lock()
         self.reset()
 
@@ -88,6 +98,10 @@ class Dispatcher:
             )
         return self._lock
 
+    def at(self, place: int) -> Dispatcher:
+        """One that moves the parameter at this place, alone, with the bits that this one would."""
+        return Dispatcher(self._algorithm, self._backend, self, place)
+
     def reset(self) -> None:
         """Forget what launchers keep on devices: the next step makes it anew."""
         self._native = self._new_native()
@@ -102,6 +116,7 @@ class Dispatcher:
             algorithm.streams,
             algorithm.step_name,
             self._backend,
+            self._first_place,
             self._captured,
             self._tried,
         )
@@ -170,7 +185,12 @@ class Dispatcher:
         nothing."""
         self.release()
         step = self._step = PythonStep(
-            self._algorithm, param_groups, state, moved, self._to_make_anew()
+            self._algorithm,
+            param_groups,
+            state,
+            moved,
+            self._to_make_anew(),
+            self._first_place,
         )
         rest = self._find(step)
         from_host = self._native is not None and self._native.on_host()

@@ -70,6 +70,7 @@ class Native:
             outer_momentum_buffer; None where the rule has none.
         step_name: the name of the state that counts steps.
         backend: what the user asked for, or None.
+        first_place: of the first parameter of the groups, if these are not all of an optimizer's.
         captured, tried: what Triton's launchers leave to those that come after them: tables that a
             captured graph reads, and the kernels that are compiled and loaded.
     """
@@ -80,6 +81,7 @@ class Native:
         streams: Sequence[str | None],
         step_name: str,
         backend: str | None,
+        first_place: int,
         captured: list[Any],
         tried: set[Any],
     ) -> None:
@@ -99,6 +101,7 @@ class Native:
             plain,
             plain_grad,
             first_of,
+            first_place,
         )
 
     def serve(self, param: Tensor, name: str, format: Format, weight_rounding: str = "") -> bool:

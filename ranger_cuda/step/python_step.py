@@ -39,11 +39,13 @@ class PythonStep:
         state: State,
         moved: list[bool] | None,
         unmoved: set[Tensor],
+        first_place: int,
     ) -> None:
         self.algorithm = algorithm
         self.param_groups = param_groups
         self.state = state
         self.moved = moved
+        self.first_place = first_place
         self.unmoved = unmoved  # whose slow weights are made anew
         self.at_rest: set[Tensor] = set()  # who have them now, and still do not move
         self.missing: dict[Tensor, dict[str, Any]] = {}
@@ -115,7 +117,8 @@ class PythonStep:
         state = self.state[param]
         format = self.algorithm.format_for(param, self.param_groups[group], state)
         grad = self.gradients.get(position)
-        return Row(param, grad, state, group, format, position, first_of(param))
+        place = self.first_place + position
+        return Row(param, grad, state, group, format, place, first_of(param))
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""
