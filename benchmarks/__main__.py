@@ -12,6 +12,7 @@ COMMANDS = {
     "show": (".show", "the tables, promises and comparison of a result that is there"),
     "memory": (".memory", "bytes of state a parameter: ours in every format, and the peers'"),
     "scale": (".scale", "bytes, launches and times of large models on many GPUs: arithmetic"),
+    "release": (".release", "what gradients released in backward cost and save, on the CPU"),
     "sweep": (".sweep", "which sizes of the CUDA kernels' tables are fastest"),
     "gpu": (".on_gpu.runner", "build, test, sanitize and measure on a machine with a GPU"),
 }
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Run one command; its own ``--help`` has its arguments."""
     if not argv or argv[0] not in COMMANDS:
         print("usage: python -m benchmarks COMMAND ...\n")
-        print("\n".join(f"  {name:<6} {what}" for name, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {name:<7} {what}" for name, (_, what) in COMMANDS.items()))
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     module, what = COMMANDS[argv[0]]
     parser = argparse.ArgumentParser(f"python -m benchmarks {argv[0]}", description=what)

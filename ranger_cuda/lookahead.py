@@ -58,7 +58,8 @@ class Lookahead(SlowWeights, Optimizer):
         TypeError: ``optimizer`` is no ``torch.optim.Optimizer``.
         ValueError: an argument is out of range, or ``optimizer`` has slow weights already, or
             saves none of the state that is kept with it (ZeroRedundancyOptimizer).
-        RuntimeError: the requested backend cannot run on this machine; the message says why.
+        RuntimeError: the requested backend cannot run on this machine; the message says why. Or
+            ``optimizer`` releases gradients, and so moves before its ``step()``.
 
     Example:
         >>> import torch
@@ -99,6 +100,7 @@ class Lookahead(SlowWeights, Optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} has Lookahead already; wrap RAdam or another optimizer"
             )
+        _check_moves_in_step(optimizer)
         support.check_backend(backend)
         hyperparameters.check_lookahead(k, alpha, outer_momentum, outer_nesterov)
         hyperparameters.check_choice(
@@ -236,6 +238,7 @@ class Lookahead(SlowWeights, Optimizer):
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
     @torch.compiler.disable
     def _begin(self, any_may_move: bool) -> Cycle:
+        _check_moves_in_step(self.optimizer)
         self._complete_groups()
         return cycle.begin(
             self._dispatcher, self._options["backend"], self.param_groups, self.state, any_may_move
@@ -352,6 +355,14 @@ class Lookahead(SlowWeights, Optimizer):
         with torch.inference_mode(False):  # what is made in it could not be written outside
             for key, value in self.state.items():
                 self.state[key] = tree_map_only(Tensor, own, value)
+
+
+def _check_moves_in_step(optimizer: Optimizer) -> None:
+    if getattr(optimizer, "_release", None) is not None:
+        raise RuntimeError(
+            "the inner optimizer moves parameters in backward (release_gradients()), where "
+            "Lookahead does not see it; use Ranger, or remove() what release_gradients() returned"
+        )
 
 
 def _zero_redundancy_optimizer() -> Any:

@@ -46,6 +46,7 @@ SLOW = {
     "test_cuda_resources",
     "test_cuda_scale",
     "test_distributed",
+    "test_distributed_release",
     "test_experiments",
     "test_installation",
     "test_interrupts",

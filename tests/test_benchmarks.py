@@ -42,7 +42,7 @@ def measured(tmp_path, *options, skip=PEERS):
 def test_one_entry_has_every_command(capsys):
     assert main([]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["step", "show", "memory", "scale", "sweep", "gpu"]
+    assert listed == ["step", "show", "memory", "scale", "release", "sweep", "gpu"]
     assert main(["steps"]) == 2
     for name in listed:
         with pytest.raises(SystemExit, match=r"^0$"):

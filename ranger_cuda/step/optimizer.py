@@ -29,6 +29,7 @@ from . import clipping
 from .algorithms import Algorithm, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
+from .release import GradientRelease
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -54,6 +55,7 @@ class FusedOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     grad_norm: Tensor | None
+    _release: GradientRelease | None = None  # a copy has none
 
     def __init__(
         self,
@@ -199,6 +201,50 @@ class FusedOptimizer(Optimizer):
         format = self._algorithm.format_of(param, group)
         return new | new_state(format, param, state, self._algorithm.streams_of(group))
 
+    def release_gradients(self) -> GradientRelease:
+        """Move each parameter in ``backward()``, as soon as it has its gradient, and free that::
+
+            release = optimizer.release_gradients()
+            for inputs, targets in batches:
+                loss(model(inputs), targets).backward()  # moves all parameters
+                optimizer.step()  # which finds nothing left to move; schedulers expect it
+                scheduler.step()
+
+        The gradients of a whole model are never there at once. The bits are those of ``step()``
+        after ``backward()``. Every backward pass is a step; to accumulate the gradients of several,
+        pause it for all but the last::
+
+            with release.paused():
+                for batch in batches[:-1]:
+                    loss_of(batch).backward()
+            loss_of(batches[-1]).backward()
+
+        Parameters of groups that are added later are released, too. Copies of the optimizer, and
+        what is unpickled, release nothing until they are told to. Hooks of ``step()`` run in
+        ``step()``, not for each parameter. See docs/around_a_step.md for what it costs, for
+        ``fully_shard``, and for what cannot be seen from here.
+
+        Returns:
+            A handle: ``remove()`` ends it, and ``paused()`` is a context in which gradients
+            accumulate.
+
+        Raises:
+            RuntimeError: gradients are released already, a group has ``max_grad_norm``, the
+                optimizer has ``amp_scaling``, or parameters are DistributedDataParallel's or
+                FullyShardedDataParallel's. If it comes to that later, ``backward()`` raises it
+                before anything moves, and whatever ``step()`` would raise of a hyperparameter. What
+                ``step()`` would raise of a gradient leaves that parameter as it is.
+        """
+        if self._release is not None:
+            raise RuntimeError(
+                "gradients are released already; remove() what the first call returned"
+            )
+        self._check_ready("release_gradients()")
+        release = GradientRelease(self)
+        release.watch(param for param, _, _ in members(self.param_groups))
+        self._release = release
+        return release
+
     def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
         """The numbers behind what is stored of a parameter, whatever the formats.
 
@@ -241,6 +287,8 @@ class FusedOptimizer(Optimizer):
             self._rename(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self._release is not None:
+            self._release.watch(self.param_groups[-1]["params"])
         eval_mode.mark(self.param_groups, self._options)
 
     def state_dict(self) -> dict[str, Any]:
