@@ -35,7 +35,8 @@ def backward(params, step, resting=(), retain_graph=False):
 def in_groups(params):
     """Two groups, the second of which has other hyperparameters."""
     half = len(params) // 2
-    return [{"params": params[:half]}, {"params": params[half:], "lr": 0.01, "seed": 7}]
+    second = {"lr": 0.01, "seed": 7, "bounds": (-0.5, 0.5)}
+    return [{"params": params[:half]}, {"params": params[half:], **second}]
 
 
 def run(optimizer, params, steps=range(STEPS), resting=lambda step: ()):

@@ -15,6 +15,9 @@ def test_it_is_refused_where_gradients_are_no_steps_yet():
     params = [Parameter(t) for t in tensors()]
     with pytest.raises(RuntimeError, match=r"max_grad_norm=1\.0 of group 0"):
         RAdam(params, max_grad_norm=1.0).release_gradients()
+    for nonfinite in ("skip", "raise"):
+        with pytest.raises(RuntimeError, match=f"nonfinite_grad_norm='{nonfinite}'"):
+            RAdam(params, nonfinite_grad_norm=nonfinite).release_gradients()
     with pytest.raises(RuntimeError, match="amp_scaling"):
         RAdam(params, amp_scaling=True).release_gradients()
     optimizer = Ranger(params, eval_with_slow_weights=True)

@@ -230,10 +230,11 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: gradients are released already, a group has ``max_grad_norm``, the
-                optimizer has ``amp_scaling``, or parameters are DistributedDataParallel's or
-                FullyShardedDataParallel's. If it comes to that later, ``backward()`` raises it
-                before anything moves, and whatever ``step()`` would raise of a hyperparameter. What
-                ``step()`` would raise of a gradient leaves that parameter as it is.
+                optimizer has ``amp_scaling`` or a ``nonfinite_grad_norm`` that skips or raises, or
+                parameters are DistributedDataParallel's or FullyShardedDataParallel's. If it comes
+                to that later, ``backward()`` raises it before anything moves, and whatever
+                ``step()`` would raise of a hyperparameter. What ``step()`` would raise of a
+                gradient leaves that parameter as it is.
         """
         if self._release is not None:
             raise RuntimeError(

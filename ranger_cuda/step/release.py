@@ -167,6 +167,13 @@ def _check(optimizer: FusedOptimizer) -> None:
             "has looked through for overflow. Train in bfloat16, which needs no GradScaler, or "
             "step() after backward"
         )
+    nonfinite = optimizer._options["nonfinite_grad_norm"]
+    if nonfinite != "propagate":
+        raise RuntimeError(
+            f"{CALL} and nonfinite_grad_norm={nonfinite!r}: the norm of all gradients is known "
+            "when backward has made the last, and the others would be gone. Leave it "
+            '"propagate", or step() after backward'
+        )
     _check_clipping([optimizer._check_group(group) for group in optimizer.param_groups])
     replicated = _parameters_of_ddp()
     for param, _, name in members(optimizer.param_groups):
