@@ -15,7 +15,7 @@ import torch
 from benchmarks.experiments import EXPERIMENTS, tuning_seeds
 from benchmarks.experiments.__main__ import main
 
-for needed in ("rich", "matplotlib", "mlxtend"):
+for needed in ("rich", "matplotlib", "mlxtend", "scipy"):
     pytest.importorskip(needed)
 
 from rich.console import Console  # noqa: E402
@@ -26,6 +26,7 @@ from benchmarks.experiments import (  # noqa: E402
     figures,
     gradient_histograms,
     lookahead_plane,
+    outer_momentum,
     tasks,
     trials,
 )
@@ -41,7 +42,7 @@ def lines(path: Path) -> list[dict]:
 
 
 # What they would show of the harness, others show in less time.
-LONG = {"gradient_histograms", "learning_rates", "lookahead_sweep"}
+LONG = {"gradient_histograms", "learning_rates", "lookahead_sweep", "outer_momentum"}
 
 
 def without_times(value: object) -> object:
@@ -148,7 +149,7 @@ def test_ctrl_c_ends_with_130(tmp_path, monkeypatch, capsys):
 def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([]) == 2
-    assert "pip install rich matplotlib mlxtend" in capsys.readouterr().err
+    assert "pip install rich matplotlib mlxtend scipy" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
@@ -278,7 +279,36 @@ def test_learning_rates_are_tuned_on_the_means_of_the_sweep():
     assert contestants.tuned(jobs, sweep[1:]) is None
 
 
-@pytest.mark.parametrize("name", ["comparison", "lookahead_sweep"])
+def test_all_that_a_sweep_varies_is_tuned_together():
+    settings = [{"lr": lr, "outer_momentum": m} for lr in (1.0, 2.0) for m in (0.4, 0.9)]
+    sweep = [
+        ({"contestants": [setting]}, {"curves": [{"validation_loss": [loss]}]})
+        for setting, loss in zip(settings, [4.0, 3.0, 1.0, 5.0], strict=True)
+    ]
+    assert contestants.tuned([job for job, _ in sweep], sweep) == [settings[2]]
+
+
+def test_every_contestant_has_the_same_tuning_budget():
+    for task in outer_momentum.RATES:
+        sweep = [job for job in outer_momentum.jobs(False, []) if job["task"] == task]
+        for tried in zip(*(job["contestants"] for job in sweep), strict=True):
+            different = {json.dumps(contestant) for contestant in tried}
+            assert len(different) == outer_momentum.SETTINGS
+            assert len(tried) == outer_momentum.SETTINGS * outer_momentum.TUNING_SEEDS[task]
+
+
+def test_p_values_are_of_pairs_and_corrected_for_their_number():
+    a = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    t = 0.2 / np.sqrt(0.005 / 5)  # of differences with a variance of 0.005
+    s = t / np.sqrt(4 + t**2)
+    expected = 1 - (3 * s - s**3) / 2  # in closed form for 4 degrees of freedom
+    found = outer_momentum._p_value(a, a + np.array([0.1, 0.2, 0.3, 0.2, 0.2]))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert outer_momentum._holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert outer_momentum._holm([0.6, 0.9]) == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("name", ["comparison", "lookahead_sweep", "outer_momentum"])
 def test_no_seed_that_is_reported_has_a_say_in_a_learning_rate(name):
     experiment = module(name)
     for quickly in (False, True):
@@ -289,8 +319,9 @@ def test_no_seed_that_is_reported_has_a_say_in_a_learning_rate(name):
         final = [job for job in experiment.jobs(quickly, results) if job not in sweep]
         assert final
         assert not {job["seed"] for job in final} & set(tuning_seeds(quick=False))
-        every = {job["evaluate_every"] for job in sweep + final}
-        assert all(steps % 6 == 0 for steps in every), "where cycles end"
+        for job in sweep + final:
+            cycles = {c.get("k", 6) for c in job["contestants"]}
+            assert all(job["evaluate_every"] % k == 0 for k in cycles), "where cycles end"
 
 
 def test_histograms_and_medians_are_of_the_gradients_that_a_step_reads():

@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "lookahead_sweep",
     "comparison",
     "low_precision",
+    "outer_momentum",
 )
 
 

@@ -14,7 +14,7 @@ from . import EXPERIMENTS
 _EPILOG = """\
 Each experiment prints a table and leaves NAME.jsonl, a line a finished job, and NAME.png in --out.
 Ctrl-C loses the jobs under way; the same command goes on from the others. All together take about
-75 minutes on two CPU cores; --quick tries everything in two minutes.
+95 minutes on two CPU cores; --quick tries everything in two minutes.
 """
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    needed = ("rich", "matplotlib", "mlxtend")
+    needed = ("rich", "matplotlib", "mlxtend", "scipy")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         return _error(
             f"this needs {', '.join(missing)}, not installed here: pip install "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from statistics import fmean
@@ -39,8 +40,10 @@ def _sgd(params: Iterable[Parameter], lr: float) -> Optimizer:
     return torch.optim.SGD(params, lr=lr, momentum=0.9, fused=True)
 
 
-def _lookahead_adam(params: Iterable[Parameter], lr: float, **options: Any) -> Optimizer:
-    return ranger_cuda.Lookahead(_adam(params, lr, **options))
+def _lookahead_adam(
+    params: Iterable[Parameter], lr: float, weight_decay: float = 0.0, **options: Any
+) -> Optimizer:
+    return ranger_cuda.Lookahead(_adam(params, lr, weight_decay), **options)
 
 
 def _lookahead_sgd(params: Iterable[Parameter], lr: float, k: int, alpha: float) -> Optimizer:
@@ -61,12 +64,14 @@ class Style(NamedTuple):
 STYLES = {
     "Ranger": Style(ranger_cuda.Ranger, "#D55E00"),
     "Ranger, cosine": Style(ranger_cuda.Ranger, "#D55E00", "--"),
+    "Ranger, outer momentum": Style(ranger_cuda.Ranger, "#E69F00"),
     "RAdam": Style(_radam, "#009E73"),
     "Adam": Style(_adam, "#0072B2"),
     "Adam, warmup": Style(_adam, "#56B4E9"),
     "AdamW": Style(_adam, "#0072B2"),
     "AdamW, warmup + cosine": Style(_adam, "#0072B2", "--"),
     "Lookahead(AdamW)": Style(_lookahead_adam, "#CC79A7"),
+    "Lookahead(AdamW), outer momentum": Style(_lookahead_adam, "#CC79A7"),
     "Lookahead(SGD)": Style(_lookahead_sgd, "#E69F00"),
     "SGD": Style(_sgd, "#E69F00"),
     "float32": Style(_ranger, "#000000"),
@@ -83,7 +88,8 @@ STYLES = {
 
 
 def tuned(sweep: list[Job], results: Results) -> list[Contestant] | None:
-    """Each contestant with the learning rate of its lowest mean loss in a sweep.
+    """Each contestant with the learning rate, and whatever else the sweep varies, of its lowest
+    mean loss there.
 
     None before all of the sweep is among the results.
     """
@@ -91,14 +97,14 @@ def tuned(sweep: list[Job], results: Results) -> list[Contestant] | None:
     if len(done) < len(sweep):
         return None
     best = []
-    for i, contestant in enumerate(sweep[0]["contestants"]):
-        losses: dict[float, list[float]] = {}
+    for i in range(len(sweep[0]["contestants"])):
+        losses: dict[str, list[float]] = {}
         for job, result in done:
             final = result["curves"][i]["validation_loss"][-1]
-            losses.setdefault(job["contestants"][i]["lr"], []).append(
+            losses.setdefault(json.dumps(job["contestants"][i]), []).append(
                 math.inf if final is None else final
             )
-        best.append({**contestant, "lr": min(losses, key=lambda rate: fmean(losses[rate]))})
+        best.append(json.loads(min(losses, key=lambda setting: fmean(losses[setting]))))
     return best
 
 
