@@ -58,9 +58,9 @@ class Ranger(SlowWeights, FusedOptimizer):
             least 4, as in the paper; 5 is ``torch.optim.RAdam``'s.
         maximize: ascend instead of descend.
         bounds: the lowest and the highest value of a parameter, either of which may be None, or
-            None. A step ends with what ``torch.clamp`` would do, in the same pass and after the
-            pull: slow weights keep within them from their first sync on. Of a complex parameter the
-            real and the imaginary parts are bounded.
+            None. A step ends with what ``torch.clamp`` would do, in the same pass; slow weights
+            keep within them from their first sync on. Of a complex parameter the real and the
+            imaginary parts are bounded.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact": beside the parameter the state

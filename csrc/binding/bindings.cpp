@@ -114,7 +114,7 @@ py::list step_on_cpu(CpuLauncher& launcher, Roster& roster, const py::sequence& 
 double squares_on_cpu(CpuLauncher& launcher, Roster& roster, const std::vector<int32_t>& places,
                       int num_threads) {
   require_threads(num_threads);
-  return launcher.squares(roster, places, [&](const cpu::Launcher& its) {
+  return launcher.squares(roster, [&](const cpu::Launcher& its) {
     return its.squares(roster.rows(), places, num_threads);
   });
 }
@@ -160,7 +160,7 @@ void squares_on_cuda(CudaLauncher& launcher, Roster& roster, const std::vector<i
   const cuda::DeviceScalar out = to_scalar(total, roster.exchange(), device);
   if (!out.is_float64) throw py::value_error("a sum of squares is a float64");
   void* const stream = roster.exchange().current_stream(device);
-  launcher.squares(roster, places, [&](cuda::Launcher& its) {
+  launcher.squares(roster, [&](cuda::Launcher& its) {
     its.squares(roster.rows(), places, static_cast<double*>(const_cast<void*>(out.data)), stream);
   });
 }

@@ -61,7 +61,7 @@ class Bound {
 
   // Calls `run(launcher)` for the norm of what collect() found.
   template <class Run>
-  auto squares(Roster& roster, const std::vector<int32_t>& places, const Run& run) {
+  auto squares(Roster& roster, const Run& run) {
     const Roster::Use use(roster);
     const InUse in_use(in_use_);
     require_prepared(roster);
