@@ -193,6 +193,17 @@ def test_ctrl_c_at_torchrun_saves_and_says_how_to_go_on(uninterrupted, tmp_path)
         assert losses[:STEPS] == run["history"]["loss"][: len(losses)]
 
 
+def test_shards_that_cut_groups_of_8_bits_are_refused_before_anything_is_written(train, tmp_path):
+    flags = [*TINY, "--parallel", "fsdp", "--dtype", "bfloat16", "--state-dtype", "8bit"]
+    printed, statuses = train(2, tmp_path / "new", *flags)
+    assert statuses == [2, 2], printed
+    assert "Traceback" not in printed
+    assert re.search(
+        r"error: --state-dtype 8bit .*\(256, 16\).* --width that is a multiple of 32", printed
+    ), printed
+    assert not (tmp_path / "new").exists()
+
+
 def test_gradients_of_any_power_of_two_of_ranks_have_the_same_sum():
     generator = torch.Generator().manual_seed(0)
     slices = [torch.randn(1000, generator=generator) * 10.0**i for i in range(8)]

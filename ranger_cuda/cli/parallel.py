@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..state import formats
+from ..state.codecs import GROUP
+from ..state.new_state import new_state
 from .corpus import Batch
 from .errors import CommandError
 
@@ -110,6 +113,26 @@ class Ranks:
                 sharded.set_force_sum_reduction_for_comms(True)
                 sharded.set_custom_reduce_scatter(pairs)
         return model
+
+    def check_shards(self, params: Sequence[Tensor], storage: Mapping[str, Any]) -> None:
+        """Raise, on every rank, where a shard on any of them cannot have the state of ``storage``.
+
+        Raises:
+            CommandError: shards cut groups of elements that share a scale.
+        """
+        refused = 0  # the position of a parameter, from 1
+        for position, param in enumerate(params, 1):
+            try:
+                new_state(formats.of_param(param, **storage), param, {}, formats.MOMENTS)
+            except ValueError:
+                refused = position
+        if refused := self.largest(refused):
+            raise CommandError(
+                f"--state-dtype {storage['state_dtype']} keeps a scale for {GROUP} elements side "
+                f"by side, and shards of a parameter of shape {tuple(params[refused - 1].shape)} "
+                f"cut them apart; give a --width that is a multiple of {GROUP}, --parallel ddp, or "
+                "--state-dtype bfloat16"
+            )
 
     def cut(self, batch: Batch) -> list[Batch]:
         """This rank's slices of a batch: of each so many neighbours as there are ranks, one."""

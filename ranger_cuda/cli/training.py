@@ -49,6 +49,8 @@ class Run:
         self._forward = self.ranks.spread(self.model, [*self.model.blocks], self.device)
         choice = OPTIMIZERS[name]
         storage = settings.storage if choice.takes_storage else {}
+        if storage and self.ranks.parallel == "fsdp":
+            self.ranks.check_shards([*self.model.parameters()], storage)
         self.optimizer = choice.build(self.model.parameters(), settings.lr[name], **storage)
         self.history = History()
 
