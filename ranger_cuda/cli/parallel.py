@@ -29,6 +29,7 @@ from .errors import CommandError
 
 if dist.is_available():  # a torch built without it trains on one process
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import (
         get_model_state_dict,
         get_optimizer_state_dict,
@@ -36,6 +37,9 @@ if dist.is_available():  # a torch built without it trains on one process
         set_optimizer_state_dict,
     )
     from torch.distributed.fsdp import fully_shard
+
+    # Whatever a rank raised, its own or, in what is no Exception, any rank's.
+    FAILURES = (Exception, CheckpointException)
 
 Parts = Mapping[str, tuple[nn.Module, Optimizer]]  # of a checkpoint, by the run's name
 SHARDS = "shards-"  # and the step, of the folders that torch.distributed.checkpoint writes
@@ -233,7 +237,7 @@ def save(parts: Parts, out: Path, step: int) -> str:
     name = f"{SHARDS}{step}"
     try:
         dcp.save(_state(parts), checkpoint_id=out / name)
-    except Exception as error:  # whatever a rank raised, its own or another one's
+    except FAILURES as error:
         raise CommandError(f"cannot write {out / name}: {_reason(error)}") from error
     return name
 
@@ -247,7 +251,7 @@ def load(parts: Parts, folder: Path) -> None:
     state = _state(parts)
     try:
         dcp.load(state, checkpoint_id=folder)
-    except Exception as error:
+    except FAILURES as error:
         raise CommandError(
             f"cannot read {folder}: {_reason(error)}; start over with --overwrite, or choose "
             "another --out"
@@ -274,6 +278,6 @@ def _state(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
