@@ -20,6 +20,9 @@ quick:  ## run those that take under two minutes together
 ptx:  ## run what nvcc and Triton compile for each architecture on the CPU (long)
 	$(PYTHON) -m pytest -m ptx -n auto
 
+trainers:  ## kill and resume a run in each trainer that is installed (see docs/trainers.md)
+	$(PYTHON) -m tests.trainer_runs
+
 lint:  ## check style, formatting and types
 	ruff check
 	ruff format --check
@@ -40,4 +43,4 @@ experiments:  ## show again what the papers show (see docs/experiments/README.md
 gpu:  ## build, test, sanitize and measure on a GPU (see benchmarks/README.md)
 	$(PYTHON) -m benchmarks gpu
 
-.PHONY: help install build test quick ptx lint format bench experiments gpu
+.PHONY: help install build test quick ptx trainers lint format bench experiments gpu

@@ -31,8 +31,9 @@ def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
         done += 1
-    accelerator.save_state(str(out))
-    (out / "step").write_text(str(done))
+        if done % 10 == 0:
+            accelerator.save_state(str(out))
+            (out / "step").write_text(str(done))
     return accelerator.unwrap_model(model)
 
 

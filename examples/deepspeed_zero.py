@@ -1,4 +1,7 @@
-"""DeepSpeed: Ranger as the client optimizer under ZeRO stage 1."""
+"""DeepSpeed: Ranger as the client optimizer under ZeRO, on one process or on those of torchrun::
+
+torchrun --nproc-per-node 2 examples/deepspeed_zero.py
+"""
 
 import os
 from pathlib import Path
@@ -9,10 +12,11 @@ import torch
 from ranger_cuda import Ranger
 
 
-def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
+def train(out: Path, steps: int, resume: bool = False, stage: int = 1) -> torch.nn.Module:
     """Train until step ``steps``, from the start or from where ``out`` is."""
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29533")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
     engine, _, _, _ = deepspeed.initialize(
@@ -21,7 +25,7 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
         config={
             "train_micro_batch_size_per_gpu": 16,
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 1},
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": True},
         },
@@ -31,14 +35,15 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
         _, client = engine.load_checkpoint(str(out))
         first_step = client["step"]
     for step in range(first_step, steps):
-        generator = torch.Generator().manual_seed(step)
-        inputs = torch.randn(16, 8, generator=generator)
+        seed = step * engine.world_size + engine.global_rank
+        inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
         targets = (inputs.sum(1) > 0).long()
         engine.backward(
             torch.nn.functional.cross_entropy(engine(inputs.bfloat16()).float(), targets)
         )
         engine.step()
-    engine.save_checkpoint(str(out), client_state={"step": steps})
+        if (step + 1) % 10 == 0:
+            engine.save_checkpoint(str(out), client_state={"step": step + 1})
     return model
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from fastai.basics import DataLoader, DataLoaders, Learner, OptimWrapper
+from fastai.callback.tracker import SaveModelCallback
 
 from ranger_cuda import Ranger
 
@@ -23,16 +24,16 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
         opt_func=partial(OptimWrapper, opt=Ranger, weight_decay=0.01),
         lr=4e-3,
         path=out,
+        cbs=SaveModelCallback(every_epoch=10, with_opt=True),
     )
     first_step = 0
     if resume:
+        last = max(learner.path.glob("models/model_*.pth"), key=lambda path: path.stat().st_mtime)
         learner.create_opt()
-        learner.load("last", with_opt=True)
-        first_step = torch.load(out / "step.pt")
+        learner.load(last.stem, with_opt=True)
+        first_step = int(last.stem.split("_")[1]) + 1
     with learner.no_logging():
-        learner.fit(steps - first_step)
-    learner.save("last", with_opt=True)
-    torch.save(steps, out / "step.pt")
+        learner.fit(steps, start_epoch=first_step)
     return learner.model
 
 

@@ -30,9 +30,10 @@ def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
     fully_shard(model, mesh=init_device_mesh(device, (world,)))
     optimizer = Ranger(model.parameters(), lr=4e-3, weight_decay=0.01)
     done = torch.tensor(0)
-    if resume:
+    if resume:  # from the last that is whole: what describes it is written at its end
+        last = max(out.glob("step-*/.metadata")).parent
         weights, state = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": state, "step": done}, checkpoint_id=out)
+        dcp.load({"model": weights, "optimizer": state, "step": done}, checkpoint_id=last)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     for step in range(int(done), steps):
         inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(step)).to(device)
@@ -40,9 +41,10 @@ def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
         (model(own) - own.sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    weights, state = get_state_dict(model, optimizer)
-    run = {"model": weights, "optimizer": state, "step": torch.tensor(steps)}
-    dcp.save(run, checkpoint_id=out)
+        if (step + 1) % 10 == 0:
+            weights, state = get_state_dict(model, optimizer)
+            run = {"model": weights, "optimizer": state, "step": torch.tensor(step + 1)}
+            dcp.save(run, checkpoint_id=out / f"step-{step + 1:06}")
     return model
 
 

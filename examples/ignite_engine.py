@@ -27,8 +27,8 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
     trainer = Engine(step)
     parts = {"model": model, "optimizer": optimizer, "trainer": trainer}
     files = DiskSaver(out, create_dir=True, require_empty=False)
-    saver = Checkpoint(parts, files, n_saved=1, global_step_transform=lambda *_: steps)
-    trainer.add_event_handler(Events.COMPLETED | Events.TERMINATE, saver)
+    saver = Checkpoint(parts, files, n_saved=1)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=10), saver)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=steps), trainer.terminate)
     for path in out.glob("*.pt") if resume else ():
         Checkpoint.load_objects(parts, torch.load(path))

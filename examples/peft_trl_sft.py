@@ -10,22 +10,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    TrainerCallback,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
 from ranger_cuda import Ranger
-
-
-class StopAt(TrainerCallback):
-    """End training early, as a job that runs out of time does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
@@ -45,13 +34,13 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
         {"text": [" ".join("abcdefghijklmnop"[i] for i in row) for row in letters]}
     )
     args = SFTConfig(
-        out, max_steps=20, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=5,
-        save_strategy="steps", save_steps=5, use_cpu=True, bf16=False, report_to=[],
+        out, max_steps=steps, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=5,
+        save_strategy="steps", save_steps=10, use_cpu=True, bf16=False, report_to=[],
         disable_tqdm=True, lr_scheduler_type="constant", gradient_checkpointing=False,
     )  # fmt: skip
     trainer = SFTTrainer(
         model, args, train_dataset=data, eval_dataset=data.select(range(16)),
-        processing_class=tokenizer, callbacks=[StopAt(steps)],
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         optimizer_cls_and_kwargs=(Ranger, {"lr": 4e-3, "eval_with_slow_weights": True}),
     )  # fmt: skip

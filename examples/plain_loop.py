@@ -10,6 +10,7 @@ from ranger_cuda import Ranger
 
 def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
     """Train until step ``steps``, from the start or from where ``out`` is."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = Ranger(model.parameters(), lr=4e-3, weight_decay=0.01)
@@ -25,9 +26,10 @@ def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    out.mkdir(parents=True, exist_ok=True)
-    run = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}
-    torch.save(run, out / "run.pt")
+        if (step + 1) % 10 == 0:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**states, "step": step + 1}, out / "new.pt")
+            (out / "new.pt").replace(out / "run.pt")  # whole, whenever the process is killed
     return model
 
 

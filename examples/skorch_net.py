@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from skorch import NeuralNetClassifier
-from skorch.callbacks import GradientNormClipping
+from skorch.callbacks import Checkpoint, GradientNormClipping
 
 from ranger_cuda import Ranger
 
@@ -14,6 +14,7 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     inputs = torch.randn(64, 8)
     targets = (inputs.sum(1) > 0).long()
+    saver = Checkpoint(lambda net: len(net.history) % 10 == 0, dirname=str(out))
     net = NeuralNetClassifier(
         torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)),
         criterion=torch.nn.CrossEntropyLoss,
@@ -22,20 +23,14 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
         optimizer__weight_decay=0.01,
         batch_size=64,  # a step an epoch
         train_split=None,
-        callbacks=[GradientNormClipping(1.0)],
+        callbacks=[GradientNormClipping(1.0), saver],
         verbose=0,
     ).initialize()
-    out.mkdir(parents=True, exist_ok=True)
-    files = {
-        f"f_{part}": str(out / f"{part}.{suffix}")
-        for part, suffix in (("params", "pt"), ("optimizer", "pt"), ("history", "json"))
-    }
     if resume:
-        net.load_params(**files)
+        net.load_params(checkpoint=saver)
     net.partial_fit(inputs, targets, epochs=steps - len(net.history))
     with net.optimizer_.slow_weights():
         print("accuracy", net.score(inputs, targets))
-    net.save_params(**files)
     return net.module_
 
 

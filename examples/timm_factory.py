@@ -12,6 +12,7 @@ from ranger_cuda.integrations.timm import register_timm
 
 def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
     """Train until step ``steps``, from the start or from where ``out`` is."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     register_timm()
     model = timm.create_model("test_vit", num_classes=2, img_size=32)
@@ -28,9 +29,10 @@ def train(out: Path, steps: int, resume: bool = False) -> nn.Module:
         nn.functional.cross_entropy(model(images), wanted).backward()
         optimizer.step()
         optimizer.zero_grad()
-    out.mkdir(parents=True, exist_ok=True)
-    run = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps}
-    torch.save(run, out / "run.pt")
+        if (step + 1) % 10 == 0:
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**states, "step": step + 1}, out / "new.pt")
+            (out / "new.pt").replace(out / "run.pt")  # whole, whenever the process is killed
     return model
 
 

@@ -26,20 +26,19 @@ def train(out: Path, steps: int, resume: bool = False) -> torch.nn.Module:
     schedulers = LRSchedulersContainer.Config(warmup_steps=3, decay_ratio=0.5).build(
         optimizers=optimizers, training_steps=20
     )
-    path, first_step = out / "checkpoint", 0
     parts = {"optimizer": optimizers, "lr_scheduler": schedulers, "model": model, "step": 0}
     if resume:
-        dcp.load(parts, checkpoint_id=path)
-        first_step = parts["step"]
-    for step in range(first_step, steps):
+        dcp.load(parts, checkpoint_id=max(out.glob("step-*/.metadata")).parent)
+    for step in range(parts["step"], steps):
         inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
         loss = torch.nn.functional.cross_entropy(model(inputs), (inputs.sum(1) > 0).long())
         loss.backward()
         optimizers.step()
         schedulers.step()
         optimizers.zero_grad()
-    parts["step"] = steps
-    dcp.save(parts, checkpoint_id=path)
+        parts["step"] = step + 1
+        if (step + 1) % 10 == 0:
+            dcp.save(parts, checkpoint_id=out / f"step-{step + 1:06}")
     return model
 
 

@@ -1,138 +1,66 @@
-"""Ranger inside trainers: each example stops in the middle of a cycle, resumes from the trainer's
-own checkpoint, and ends with the bits of a run that did not stop."""
+"""Ranger inside trainers: each example is killed in the middle of a cycle, resumes in a new process
+from the trainer's own checkpoint, and ends with the bits of a run that was not."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import os
-import subprocess
+import json
 import sys
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.integrations import unwrap
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
-STOP, STEPS = 10, 20  # k = 6
-TORCHRUN = "fsdp2_torchrun"
-RUNS = {
-    "plain_loop": ("torch", {}),
-    "accelerate_loop": ("accelerate", {}),
-    "hf_trainer": ("transformers", {}),
-    "hf_trainer, the class": ("transformers", {"by_class": True}),
-    "lightning_fit": ("lightning", {}),
-    "timm_factory": ("timm", {}),
-    "torchtitan_container": ("torchtitan", {}),
-    "peft_trl_sft": ("trl", {}),
-    "skorch_net": ("skorch", {}),
-    "ignite_engine": ("ignite", {}),
-    "fastai_learner": ("fastai", {}),
-    "deepspeed_zero": ("deepspeed", {}),
-}
+from trainer_runs import (
+    EXAMPLES,
+    KILLED_IN,
+    RESULT,
+    ROWS,
+    STEPS,
+    check,
+    digest,
+    file_of,
+    load_example,
+)
 
 
 def example(name):
-    package, options = RUNS[name]
-    pytest.importorskip(package)
-    name = name.partition(",")[0]
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return functools.partial(module.train, **options)
+    """The train() of a row, if its package is installed."""
+    pytest.importorskip(ROWS[name].module)
+    return functools.partial(load_example(name).train, **ROWS[name].options)
 
 
-@pytest.fixture
-def taken():
-    """The steps that are taken; with lr = 0 torch.distributed.checkpoint makes state to load into.
-    What DeepSpeed sets up is taken down."""
-    steps = []
-
-    def note(optimizer, *_):
-        if isinstance(optimizer, Ranger) and optimizer.param_groups[0]["lr"] > 0:
-            steps.append(optimizer)
-
-    hook = register_optimizer_step_post_hook(note)
-    with mock.patch.dict(os.environ):
-        yield steps
-    hook.remove()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_stopped_run_resumes_with_the_bits_of_one_that_was_not(name, tmp_path, taken):
-    train = example(name)
-    whole = train(tmp_path / "whole", STEPS)
-    first = train(tmp_path / "resumed", STOP)
-    early = {key: value.clone() for key, value in first.state_dict().items()}
-    assert len(taken) == STEPS + STOP
-    resumed = train(tmp_path / "resumed", STEPS, resume=True)
-    assert len(taken) == STEPS + STEPS, "from the start it would have the same bits as well"
-    expected = whole.state_dict()
-    assert expected.keys() == resumed.state_dict().keys()
-    for key, value in resumed.state_dict().items():
-        assert torch.equal(value, expected[key]), key
-    assert any(not torch.equal(early[key], value) for key, value in expected.items())
+@pytest.mark.parametrize("name", ROWS)
+def test_a_killed_run_resumes_with_the_bits_of_one_that_was_not(name, tmp_path):
+    pytest.importorskip(ROWS[name].module)
+    check(name, tmp_path)
 
 
 def test_examples_are_all_tested():
-    here = {name.partition(",")[0] for name in RUNS} | {TORCHRUN}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == here
+    assert {*EXAMPLES.glob("*.py")} == {file_of(name) for name in ROWS}
 
 
-def shards(folder):
-    """What torch.distributed.checkpoint saved, by name, whole."""
-    target = folder / "whole.pt"
-    dcp_to_torch_save(folder, target)
-    return flatten(torch.load(target, weights_only=False))
-
-
-def flatten(value, path=""):
-    if isinstance(value, dict):
-        return {
-            k: v for key, each in value.items() for k, v in flatten(each, f"{path}/{key}").items()
-        }
-    if isinstance(value, list):
-        return flatten(dict(enumerate(value)), path)
-    return {path: value}
-
-
-def test_a_run_under_torchrun_resumes_with_the_bits_of_one_that_was_not(tmp_path):
-    def torchrun(folder, steps, *flags):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [
-            "--nproc-per-node",
-            "2",
-            EXAMPLES / f"{TORCHRUN}.py",
-            folder,
-            str(steps),
-            *flags,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        environment["PYTHONPATH"] = str(EXAMPLES.parent)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return shards(folder)
-
-    whole = torchrun(tmp_path / "whole", STEPS)
-    early = torchrun(tmp_path / "resumed", STOP)
-    resumed = torchrun(tmp_path / "resumed", STEPS, "--resume")
-    assert whole.keys() == resumed.keys()
-    for key, value in whole.items():
-        same = torch.equal(resumed[key], value) if torch.is_tensor(value) else resumed[key] == value
-        assert same, key
-    weights = [key for key in whole if key.startswith("/model/")]
-    assert weights
-    assert any(not torch.equal(early[key], whole[key]) for key in weights)
+def test_the_documentation_says_of_each_row_what_ran():
+    """Every row of the table, in its order, is one that ran, with these versions, and its example
+    is the one that did. (`make trainers` runs them.)"""
+    ran = json.loads(RESULT.read_text())
+    assert [*ran] == [*ROWS]
+    text = (RESULT.parent / "trainers.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    for name, line in zip(ROWS, lines, strict=True):
+        row = ran[name]
+        assert f"(../examples/{file_of(name).name})" in line or "| the same |" in line
+        said = line.rsplit("|", 2)[1]
+        for package in ROWS[name].packages or ("torch",):
+            assert f"{package} {row[package]}" in said
+        assert ("two processes" in said) == (row["processes"] == 2)
+        assert row["digest"] == digest(name), f"{name} has changed since: make trainers"
+        assert (row["steps"], row["killed_in_step"]) == (STEPS, KILLED_IN)
+        assert f"torch {row['torch']}" in text
+        assert row["processor"] in text
+        assert row["date"] in text
 
 
 def test_hugging_face_s_trainer_evaluates_on_the_slow_weights(tmp_path, monkeypatch):
@@ -148,7 +76,7 @@ def test_hugging_face_s_trainer_evaluates_on_the_slow_weights(tmp_path, monkeypa
                 original(self, *args),
             ),
         )
-    train(tmp_path, STOP)
+    train(tmp_path, 10)
     assert called.count("eval") >= 2, "every five steps"
     assert "train" in called
 
@@ -237,7 +165,7 @@ def test_lightning_s_callback_wants_an_optimizer_that_opted_in(tmp_path, monkeyp
         module.Regression, "configure_optimizers", lambda self: Ranger(self.parameters())
     )
     with pytest.raises(ValueError, match="eval_with_slow_weights=True"):
-        train(tmp_path, STOP)
+        train(tmp_path, 10)
 
 
 @pytest.mark.parametrize(
