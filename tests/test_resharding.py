@@ -111,12 +111,12 @@ def from_4_to_8(rank, folder):
 
 
 def from_8_to_11(rank, folder):
-    """On three."""
+    """On one."""
     go_on(folder, 8, 11)
 
 
 def from_11_to_13(rank, folder):
-    """On one."""
+    """On three."""
     go_on(folder, 11, 13)
 
 
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_on_another_number_of_ranks_with_the_same_bits(on_f
     assert on_four["to_4"] == ""
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
         on_ranks(4, (killed,), folder)
-    for world, check in ((2, from_4_to_8), (3, from_8_to_11), (1, from_11_to_13)):
+    for world, check in ((2, from_4_to_8), (1, from_8_to_11), (3, from_11_to_13)):
         assert on_ranks(world, (check,), folder)[check.__name__] == ""
 
 
