@@ -13,6 +13,7 @@ COMMANDS = {
     "memory": (".memory", "bytes of state a parameter: ours in every format, and the peers'"),
     "scale": (".scale", "bytes, launches and times of large models on many GPUs: arithmetic"),
     "release": (".release", "what gradients released in backward cost and save, on the CPU"),
+    "sharded": (".sharded", "what a step over DTensors costs the host, beside whole tensors"),
     "sweep": (".sweep", "which sizes of the CUDA kernels' tables are fastest"),
     "gpu": (".on_gpu.runner", "build, test, sanitize and measure on a machine with a GPU"),
 }

@@ -48,6 +48,18 @@ def test_the_readme_s_numbers_are_those_of_the_result_that_it_names():
     assert checked == 15
 
 
+def test_what_is_said_of_dtensors_is_in_the_result():
+    text = (ROOT / "docs/design/host.md").read_text()
+    (path,) = re.findall(r"\(\.\./\.\./(benchmarks/results/sharded/.*?\.json)\)", text)
+    result = json.loads((ROOT / path).read_text())
+    (line,) = (each for each in text.split("\n- ") if each.startswith("**DTensors**"))
+    for placed in ("sharded", "whole"):
+        for name in (ADAMW, "torch AdamW foreach"):
+            kept, fresh = (result["rows"][f"{placed}, {kind}"][name] for kind in ("kept", "fresh"))
+            assert f"{kept['over_ours']:.1f}, {fresh['over_ours']:.1f} ×" in line
+    assert result["environment"]["processor"] in line
+
+
 def made_up(**ratios):
     """A result with these ratios, whose quartiles are 2 % from the median."""
     rows = {}

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import contestants, machine, race, step, tables, workloads
 from benchmarks.__main__ import main
-from benchmarks.contestants import ADAMW, CONTESTANTS, LOW, LOWEST, PURE
+from benchmarks.contestants import ADAMW, CONTESTANTS, LOW, LOWEST, OURS, PURE
 from benchmarks.on_gpu import runner
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,8 @@ def measured(tmp_path, *options, skip=PEERS):
 def test_one_entry_has_every_command(capsys):
     assert main([]) == 0
     listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["step", "show", "memory", "scale", "release", "sweep", "gpu"]
+    expected = ["step", "show", "memory", "scale", "release", "sharded", "sweep", "gpu"]
+    assert listed == expected
     assert main(["steps"]) == 2
     for name in listed:
         with pytest.raises(SystemExit, match=r"^0$"):
@@ -54,6 +55,19 @@ def test_a_run_on_a_gpu_starts_where_torch_is_broken():
     code += "main(['gpu', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_sharded_and_whole_parameters_are_both_measured(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert main(["sharded", "--tensors", "2", "--rounds", "2", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [*rows] == ["sharded, kept", "sharded, fresh", "whole, kept", "whole, fresh"]
+    shown = capsys.readouterr().out
+    for found in rows.values():
+        assert found[OURS]["over_ours"] == 1
+        for name, row in found.items():
+            assert f"| {name} | {row['ms']:.3f} | {row['over_ours']:.2f} |" in shown
+    assert not torch.distributed.is_initialized()
 
 
 # --- on_gpu --------------------------------------------------------------------------------------
