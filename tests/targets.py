@@ -203,7 +203,8 @@ def kernels_of(format: formats.Format) -> str:
     """The kernels that low-precision rows of a format need, as a pattern."""
     params = "LowParameters" if formats.is_low(format.param.dtype) else "Float32Parameters"
     moments = "PlainIf" if format.exp_avg.name == "Float32" else format.exp_avg.name
-    return rf"ScheduleKernel|SlowKernel|WideRadamKernel.*{params}.*{moments}"
+    others = "ScheduleKernel|SquaresKernel|TotalKernel|SlowKernel"
+    return rf"{others}|WideRadamKernel.*{params}.*{moments}"
 
 
 def open_target(name: str, patch: pytest.MonkeyPatch, kernels: str = PLAIN_KERNELS) -> Target:

@@ -140,7 +140,8 @@ struct Streams {
 template <typename T>
 struct Update {
   Coefficients<T> c;
-  bool l2, rectified, sync, outer, bounded;
+  bool l2, rectified, sync, outer;
+  const RowScalars& staged;  // the same, for what is rare: it takes no registers meanwhile
 };
 
 // Moves `kCount` packs from element `first` on, kThreads of them apart, as far as they lie before
@@ -188,11 +189,12 @@ RANGER_HOST_DEVICE void update(const Streams<Format>& s, int first, int end, con
       if (i < end) s.b.store(i, b[n]);
     }
   }
-  if (u.bounded) {
+  if (u.staged.flags & kBounded) {
+    const Coefficients<T>& c = coefficients_of<T>(u.staged);
     RANGER_UNROLL()
     for (int n = 0; n < kCount; ++n) {
       RANGER_UNROLL()
-      for (int j = 0; j < kWidth; ++j) p[n].values[j] = bounded(p[n].values[j], u.c);
+      for (int j = 0; j < kWidth; ++j) p[n].values[j] = bounded(p[n].values[j], c);
     }
   }
   RANGER_UNROLL()
@@ -247,7 +249,7 @@ struct RadamKernel {
                       (flags & kRectified) != 0,
                       (flags & kSync) != 0,
                       (flags & kOuter) != 0,
-                      (flags & kBounded) != 0};
+                      staged.scalars};
     const Span span = span_of(chunk, row.numel);
     const auto from = [&](int64_t p, int64_t g, int64_t m, int64_t v, int64_t slow, int64_t b) {
       return Streams<Format>{{row.data[kParam], p},

@@ -78,9 +78,11 @@ struct SquaresKernel {
         return GradMemory<double>(scalars.grad, first, static_cast<DType>(row.grad_dtype));
       };
       if constexpr (kStrided) {
+        const int64_t* const layout = row.layout;
+        RANGER_ASSUME_GLOBAL(layout);
         RANGER_UNROLL(1)
         for (int i = thread.index(); i < span.count; i += kThreads) {
-          const GradMemory<double> g = from(strided_offset(row.layout, kGrad, span.begin + i));
+          const GradMemory<double> g = from(strided_offset(layout, kGrad, span.begin + i));
           Body{g, sum}.template at<1, 1>(0, 1);
         }
       } else {

@@ -287,7 +287,9 @@ class DeviceTables:
         )
 
     def _sum(self, of_chunks: Tensor, count: int, total: Tensor) -> None:
-        load_kernels().total_kernel[(1,)](of_chunks, count, total, BLOCK=1024, num_warps=NUM_WARPS)
+        load_kernels().total_kernel[(1,)](
+            of_chunks, count, total, BLOCK=1024, num_warps=NUM_WARPS, enable_fp_fusion=False
+        )
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:
         kernels = load_kernels()
