@@ -100,7 +100,7 @@ class Lookahead(SlowWeights, Optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} has Lookahead already; wrap RAdam or another optimizer"
             )
-        _check_moves_in_step(optimizer)
+        _check_can_follow(optimizer)
         support.check_backend(backend)
         hyperparameters.check_lookahead(k, alpha, outer_momentum, outer_nesterov)
         hyperparameters.check_choice(
@@ -238,7 +238,7 @@ class Lookahead(SlowWeights, Optimizer):
     # As for FusedOptimizer._step, torch.compile breaks its graph before and after the inner step.
     @torch.compiler.disable
     def _begin(self, any_may_move: bool) -> Cycle:
-        _check_moves_in_step(self.optimizer)
+        _check_can_follow(self.optimizer)
         self._complete_groups()
         return cycle.begin(
             self._dispatcher, self._options["backend"], self.param_groups, self.state, any_may_move
@@ -357,11 +357,16 @@ class Lookahead(SlowWeights, Optimizer):
                 self.state[key] = tree_map_only(Tensor, own, value)
 
 
-def _check_moves_in_step(optimizer: Optimizer) -> None:
+def _check_can_follow(optimizer: Optimizer) -> None:
     if getattr(optimizer, "_release", None) is not None:
         raise RuntimeError(
             "the inner optimizer moves parameters in backward (release_gradients()), where "
             "Lookahead does not see it; use Ranger, or remove() what release_gradients() returned"
+        )
+    if getattr(optimizer, "_options", {}).get("nonfinite_grad_norm") == "skip":
+        raise ValueError(
+            "Lookahead would count a step that the inner optimizer skips "
+            '(nonfinite_grad_norm="skip"); use Ranger, or "raise"'
         )
 
 

@@ -38,9 +38,9 @@ class RAdam(FusedOptimizer):
             least 4, as in the paper; 5 is ``torch.optim.RAdam``'s.
         maximize: ascend instead of descend.
         bounds: the lowest and the highest value of a parameter, either of which may be None, or
-            None. A step ends with what ``torch.clamp`` would do, in the same pass; slow weights
-            keep within them from their first sync on. Of a complex parameter the real and the
-            imaginary parts are bounded.
+            None. A step ends with what ``torch.clamp`` would do, in the same pass; Ranger's slow
+            weights keep within them from their first sync on. Of a complex parameter the real and
+            the imaginary parts are bounded.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact": beside the parameter the state
@@ -65,7 +65,8 @@ class RAdam(FusedOptimizer):
         nonfinite_grad_norm: what a step does if that norm is infinite or NaN. "propagate": goes on,
             as after ``clip_grad_norm_``. "skip": changes nothing, and does not count; no device is
             waited for. "raise": an error before anything is changed, which waits for the norm. The
-            latter two take the norm without ``max_grad_norm``, too.
+            latter two take the norm without ``max_grad_norm``, too. Ranks decide alike for DTensors
+            only, as they clip.
         amp_scaling: let ``torch.amp.GradScaler`` leave unscaling and the skipping of overflowed
             steps to the step itself.
         foreach: taken so that existing calls go on to work; it changes nothing.

@@ -136,6 +136,11 @@ def test_they_are_kept_in_a_checkpoint_and_an_older_one_has_none():
         (True, 2.0),
         "ab",
         torch.zeros(2, 2),
+        (1e39, None),
+        (-math.inf, -1e39),
+        {-1.0, 1.0},
+        b"\0\1",
+        iter((0.0, 1.0)),
     ],
 )
 @pytest.mark.parametrize("cls", OPTIMIZERS)

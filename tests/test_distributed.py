@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed_evaluation import eval_mode, evaluation, evaluation_refused
@@ -124,6 +124,28 @@ def clipping(rank, folder):
     for p, q in zip(model.parameters(), single.parameters(), strict=True):
         found, expected = full(optimizer.state[p]["exp_avg"]), reference.state[q]["exp_avg"]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def norms(rank, folder):
+    """Of shards, whole DTensors and plain tensors each gradient counts once, also where a group
+    names its parameter twice; ranks skip a step together."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    params = [
+        nn.Parameter(distribute_tensor(torch.zeros(5), mesh, [placement]))
+        for placement in (Shard(0), Replicate())
+    ]
+    params.append(nn.Parameter(torch.zeros(3)))
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = Ranger([*params, params[0], params[2]], nonfinite_grad_norm="skip", **OPTIONS)
+    for value, count in ((1.0, 1), (float("nan"), 1), (2.0, 2)):
+        for param in params:
+            param.grad = torch.ones_like(param) * (1.0 if value != value else value)
+        if value != value and rank == 0:
+            params[0].grad.to_local().fill_(value)
+        optimizer.step()
+        norm = optimizer.grad_norm.item()
+        assert norm == pytest.approx(13**0.5 * value, rel=1e-12, nan_ok=True)
+        assert [optimizer.state[p]["step"] for p in params] == [count] * 3
 
 
 def empty_state(rank, folder):
@@ -298,6 +320,7 @@ CHECKS = (
     backward,
     mixed,
     clipping,
+    norms,
     clipping_refused,
     evaluation,
     evaluation_refused,

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from helpers import assert_same, give_gradients, twins
-from ranger_cuda import RAdam, Ranger
+from ranger_cuda import DiLoCo, Lookahead, RAdam, Ranger
 from targets import NAMES, open_target
 from test_parity import spread
 
@@ -68,6 +68,21 @@ def test_the_norm_is_exact_to_float64_and_the_step_the_reference_s(target, dtype
             assert_same(ours, reference, a, b, f"step {step + 1}")
 
 
+@pytest.mark.parametrize("target", ["cpu-2-threads", "emulated", "interpreted"], indirect=True)
+def test_the_squares_of_some_parameters_alone(target):
+    params = [Parameter(torch.zeros(n)) for n in (3, 300, 1, 40)]
+    for value, param in enumerate(params, 1):
+        param.grad = torch.full_like(param, float(value))
+    optimizer = RAdam([params[1], params[0]], backend=target.backend)
+    optimizer.add_param_group({"params": [params[3], params[2]]})
+    optimizer.step()
+    dispatcher = optimizer._dispatcher
+    dispatcher.collect(optimizer.param_groups, optimizer.state, optimizer._new_state)
+    for places, expected in ((None, 1852), ({0}, 1200), ({1, 3}, 12), ({2, 0}, 1840)):
+        assert sum(dispatcher.squares(places)).item() == expected
+    dispatcher.release()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_gradients_of_any_dtype_count_as_they_are(backend, dtype):
@@ -102,6 +117,41 @@ def test_threads_do_not_change_a_bit():
     finally:
         torch.set_num_threads(threads)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("target", ["cpu-2-threads", "emulated", "interpreted"], indirect=True)
+def test_a_float64_gradient_of_a_float32_parameter_counts_as_the_step_reads_it(target):
+    for backend in (target.backend, "reference"):
+        p = Parameter(torch.ones(3))
+        p.grad_dtype = None
+        p.grad = torch.full((3,), 1e60, dtype=torch.float64)  # infinite in float32
+        optimizer = RAdam([p], nonfinite_grad_norm="skip", backend=backend)
+        optimizer.step()
+        assert optimizer.grad_norm == math.inf
+        assert (p == 1.0).all()
+
+
+def test_the_norm_is_this_step_s_or_none():
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = RAdam([p], nonfinite_grad_norm="raise", max_grad_norm=1.0, amp_scaling=True)
+    optimizer.step()
+    assert optimizer.grad_norm == 3**0.5
+    p.grad = torch.full((3,), math.inf)
+    with pytest.raises(RuntimeError, match="norm of the gradients is inf"):
+        optimizer.step()
+    assert optimizer.grad_norm == math.inf
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.grad_norm is None
+
+
+def test_around_an_optimizer_that_skips_steps_lookahead_is_refused():
+    """It would count them."""
+    inner = RAdam([Parameter(torch.ones(3))], nonfinite_grad_norm="skip")
+    for cls in (Lookahead, DiLoCo):
+        with pytest.raises(ValueError, match="would count a step that the inner optimizer skips"):
+            cls(inner)
 
 
 def test_there_is_no_norm_before_one_is_taken():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import scale
+from ranger_cuda.backends import support
 from ranger_cuda.state import formats
 from test_cuda_scale import GROUP, WORDS
 from test_cuda_scale import MODELS as CHECKED
@@ -58,6 +59,9 @@ def test_bytes_moved_are_those_of_the_page_on_precision():
 
 def test_launches_and_models_are_those_of_the_launcher_s_own_tests():
     assert (WORDS[4], GROUP) == (scale.SCHEDULE_WORDS, scale.GROUP_WORDS)
+    extension = support.extension()
+    if not isinstance(extension, support.Obstacle):
+        assert extension.table_layout()["group_words"] == GROUP
     for name, ours in (("Llama-3-8B", "Llama 3 8B"), ("Llama-3-70B", "Llama 3 70B")):
         numels, _ = CHECKED[name]
         assert sorted(numels) == sorted(torch.Size(shape).numel() for shape in scale.MODELS[ours])

@@ -48,6 +48,7 @@ struct SquaresKernel {
 
   struct Body {
     const GradMemory<double>& g;
+    bool narrow;  // as the step reads float64 gradients of float32 values
     double& sum;
     template <int kWidth, int kCount>
     RANGER_HOST_DEVICE void at(int first, int end) const {
@@ -60,7 +61,11 @@ struct SquaresKernel {
       RANGER_UNROLL()
       for (int n = 0; n < kCount; ++n) {
         RANGER_UNROLL()
-        for (int j = 0; j < kWidth; ++j) sum += values[n].values[j] * values[n].values[j];
+        for (int j = 0; j < kWidth; ++j) {
+          double value = values[n].values[j];
+          if (narrow) value = static_cast<float>(value);
+          sum += value * value;
+        }
       }
     }
   };
@@ -74,6 +79,7 @@ struct SquaresKernel {
     double sum = 0.0;
     if (scalars.flags & kActive) {
       const Span span = span_of(chunk, row.numel);
+      const bool narrow = !row.is_float64;
       const auto from = [&](int64_t first) {
         return GradMemory<double>(scalars.grad, first, static_cast<DType>(row.grad_dtype));
       };
@@ -83,11 +89,11 @@ struct SquaresKernel {
         RANGER_UNROLL(1)
         for (int i = thread.index(); i < span.count; i += kThreads) {
           const GradMemory<double> g = from(strided_offset(layout, kGrad, span.begin + i));
-          Body{g, sum}.template at<1, 1>(0, 1);
+          Body{g, narrow, sum}.template at<1, 1>(0, 1);
         }
       } else {
         const GradMemory<double> g = from(span.begin);
-        for_each_pack<4, kPacks>(thread, span.count, Body{g, sum});
+        for_each_pack<4, kPacks>(thread, span.count, Body{g, narrow, sum});
       }
     }
     sum = sum_of_block(thread, sum, shared.room);

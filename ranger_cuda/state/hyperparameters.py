@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import struct
@@ -240,14 +241,17 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
 
 def check_bounds(bounds: Any) -> None:
     """Raise unless these are a lowest and a highest value, each of which may be None, or None."""
-    try:
-        low, high = _bounds(bounds)
-    except (TypeError, ValueError):
-        low, high = math.nan, math.nan
-    if not low <= high or low == math.inf or high == -math.inf:
+    low, high = math.nan, math.nan
+    if bounds is None or isinstance(bounds, (tuple, list, Tensor, numpy.ndarray)):
+        with contextlib.suppress(TypeError, ValueError):
+            low, high = _bounds(bounds)
+    # Beyond what float32 holds a finite number would become an infinite parameter.
+    if not (low <= high and low <= LARGEST and high >= -LARGEST) or any(
+        LARGEST < abs(bound) < math.inf for bound in (low, high)
+    ):
         raise ValueError(
             f"Invalid bounds value: {shown(bounds)}; give the lowest and the highest value of a "
-            "parameter, like (-1.0, 1.0), None for none"
+            "parameter, like (-1.0, 1.0), in float32's range, None for none"
         )
 
 

@@ -30,14 +30,13 @@ class Found(Protocol):
         """
 
 
-def measured(found: Found, scaling: Scaling, nonfinite: str) -> Scaling:
+def with_norm(norm: Tensor, scaling: Scaling, nonfinite: str) -> Scaling:
     """``scaling`` with the norm of the gradients, and with what is to be done if it is infinite or
     NaN: one of ``NONFINITE``. Only "raise" waits for a device.
 
     Raises:
-        RuntimeError: a norm that is not finite, if that is to be raised; or see :func:`total_norm`.
+        RuntimeError: a norm that is not finite, if that is to be raised.
     """
-    norm = total_norm(found)
     found_inf = scaling.found_inf
     if nonfinite == "skip":
         skip = (~norm.isfinite()).float()
@@ -49,9 +48,8 @@ def measured(found: Found, scaling: Scaling, nonfinite: str) -> Scaling:
                 'nonfinite_grad_norm="raise" waits for the norm of the gradients, and cannot be '
                 'captured in a CUDA graph; use "skip"'
             )
-        overflow = found_inf is not None and bool(
-            found_inf != 0.0
-        )  # GradScaler's, which it expects
+        # GradScaler expects an overflow now and then.
+        overflow = found_inf is not None and bool(found_inf != 0.0)
         if not (norm.isfinite() or overflow):
             raise RuntimeError(
                 f"the norm of the gradients is {norm.item()}; nothing has been changed. Look for "
@@ -77,9 +75,9 @@ def total_norm(found: Found) -> Tensor:
     for param in found.moving():
         if is_fsdp1_s(param):
             raise RuntimeError(
-                "max_grad_norm would clip by the norm of one rank's shards under "
-                "FullyShardedDataParallel, and by another on every rank: leave it None and "
-                "call model.clip_grad_norm_(...) before the step, or shard with "
+                "the norm that max_grad_norm and nonfinite_grad_norm go by would be that of one "
+                "rank's shards under FullyShardedDataParallel, and another on every rank: leave "
+                "them out and call model.clip_grad_norm_(...) before the step, or shard with "
                 "torch.distributed.fsdp.fully_shard"
             )
         if isinstance(param, DTensor):

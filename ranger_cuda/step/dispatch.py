@@ -311,7 +311,10 @@ class Dispatcher:
     def place_of(self) -> dict[Tensor, int]:
         """As in :class:`clipping.Found`."""
         assert self._step is not None
-        return {found.param: i for i, found in enumerate(members(self._step.param_groups))}
+        places: dict[Tensor, int] = {}
+        for place, member in enumerate(members(self._step.param_groups)):
+            places.setdefault(member.param, place)  # one that is named twice moves at its first
+        return places
 
     def squares(self, places: set[int] | None = None) -> list[Tensor]:
         """As in :class:`clipping.Found`."""
@@ -319,7 +322,8 @@ class Dispatcher:
         for row in self._rows:
             if places is None or row.place in places:
                 assert row.grad is not None
-                sums.append(torch.linalg.vector_norm(row.grad, dtype=torch.float64).square())
+                grad = row.grad.to(row.format.value)  # as the step reads it
+                sums.append(torch.linalg.vector_norm(grad, dtype=torch.float64).square())
         return sums
 
     # --- slow weights ---------------------------------------------------------------------------

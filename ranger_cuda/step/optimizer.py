@@ -139,6 +139,7 @@ class FusedOptimizer(Optimizer):
             self._step_with(dispatcher)
 
     def _step_with(self, dispatcher: Dispatcher) -> None:
+        self.grad_norm = None
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not on_accelerator(found_inf) and found_inf != 0.0:
             return
@@ -162,12 +163,9 @@ class FusedOptimizer(Optimizer):
             dispatcher.release()
 
     def _measured(self, found: clipping.Found, scaling: Scaling) -> Scaling:
-        nonfinite = self._options["nonfinite_grad_norm"]
-        scaling = clipping.measured(found, scaling, nonfinite)
-        assert scaling.norm is not None
-        scale = scaling.grad_scale
-        self.grad_norm = scaling.norm if scale is None else scaling.norm / scale
-        return scaling
+        norm, scale = clipping.total_norm(found), scaling.grad_scale
+        self.grad_norm = norm if scale is None else norm / scale
+        return clipping.with_norm(norm, scaling, self._options["nonfinite_grad_norm"])
 
     def _check_group(self, group: dict[str, Any]) -> Hyperparameters:
         return hyperparameters.check(group, lookahead=self._has_lookahead)
