@@ -27,10 +27,11 @@ from targets import (
     open_target,
     triton_on_the_cpu,
 )
+from test_cuda_scale import GROUP
 
 ARCHITECTURE = 90
 CHUNK = 8192
-# 38 tensors and the 14 words of their group fill the smallest arguments.
+# 34 tensors and the 18 words of their group fill the smallest arguments.
 COUNTS = (*range(1, 37), 9_001, 3_003)
 
 
@@ -115,8 +116,13 @@ DEFECTS = {
     ),
     "no_sync": Defect("(flags & kSync) != 0,", "false,", "step 1, parameter 0: "),
 }
-WANTED = (
-    r"ScheduleKernelILi(52|500)E|\dRadamKernel.*Float32ELb0E|SlowKernel.*4BitsIfE.*Lb0ENS0_4SwapE"
+WANTED = "|".join(
+    (
+        "ScheduleKernelILi(52|500)E",
+        "SquaresKernelILb0|TotalKernel",
+        r"\dRadamKernel.*Float32ELb0E",
+        "SlowKernel.*4BitsIfE.*Lb0ENS0_4SwapE",
+    )
 )
 
 
@@ -249,15 +255,16 @@ def test_triton_launches_a_schedule_and_one_kernel_for_all_tensors(target):
 
 
 # Tensors that fill the arguments of each size with their group; one more takes the next size.
-TIERS = {52: 36, 500: 484, 1012: 996, 2036: 2020, 4083: 4067}
+TIERS = {words: words - GROUP for words in (52, 500, 1012, 2036, 4083)}
 R580, R525 = 13000, 12000
 
 
 @pytest.mark.parametrize(
     ("driver", "count", "words"),
     [(R580, count, (words,)) for words, count in TIERS.items()]
-    + [(R580, 37, (500,)), (R580, 4068, (4083, 52))]
-    + [(R525, 484, (500,)), (R525, 485, (500, 52)), (R525, 998, (500, 500, 52))],
+    + [(R580, TIERS[52] + 1, (500,)), (R580, TIERS[4083] + 1, (4083, 52))]
+    + [(R525, TIERS[500] * n + more, (500,) * n + (52,) * more) for n, more in ((1, 0), (1, 1))]
+    + [(R525, TIERS[500] * 2 + 1, (500, 500, 52))],
 )
 def test_a_step_is_a_launch_for_the_model_and_one_for_the_gradients_that_arguments_hold(
     cuda, driver, count, words

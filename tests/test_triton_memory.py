@@ -135,8 +135,8 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     optimizer.step()
     assert not streams.recorded
     tables = optimizer._dispatcher._native.launchers[0].kernels._tables
-    on_device = {t.data_ptr() for t in (*tables._tables, tables.layouts)}
-    assert len(on_device) == 5
+    on_device = {t.data_ptr() for t in (*tables._tables, tables._squares, tables.layouts)}
+    assert len(on_device) == 6
     streams.current = "second"
     optimizer.step()
     assert streams.recorded == {(address, "second") for address in on_device}
