@@ -48,7 +48,7 @@ def test_the_norm_is_exact_to_float64_and_the_step_the_reference_s(target, dtype
     reference = Ranger(b, backend="reference", **options)
     for param in (*a, *b):
         param.grad_dtype = None  # any
-    for step in range(3):
+    for step in range(1 if target.slow else 3):
         gradients = [
             None if (i + step) % 5 == 4 else spread(p.shape, p.dtype, generator, 3)
             for i, p in enumerate(a)
