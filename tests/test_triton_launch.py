@@ -44,6 +44,7 @@ def test_the_first_step_compiles_all_that_any_later_one_needs(gpu, monkeypatch, 
     first = list(gpu.loaded)
     step = {"schedule_kernel", "radam_kernel", "slow_kernel"}
     assert set(first) == step | {"squares_kernel", "total_kernel"}
+    assert gpu.fusing == []
 
     numbers = torch.ones(8), torch.ones(8, dtype=torch.float64)
     for step in range(12):

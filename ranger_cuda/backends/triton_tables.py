@@ -214,9 +214,22 @@ class DeviceTables:
             host = torch.from_numpy(words)
             host = host if self.device.type == "cpu" else host.pin_memory()
             addresses = host.to(self.device, non_blocking=True)
+        kernels = load_kernels()
+        shared = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
         for launch in self.launches:
-            self._sum_squares(launch, self._tables, addresses, self._squares)
-        self._sum(self._squares, len(self._squares), total)
+            kernels.squares_kernel[(launch.chunks,)](
+                self._tables.records,
+                addresses,
+                self._tables.chunks,
+                launch.first_chunk,
+                self._squares,
+                T=triton_dtype(kernels, launch.format.value),
+                STRIDED=launch.strided,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK[launch.format.value],
+                **shared,
+            )
+        kernels.total_kernel[(1,)](self._squares, len(self._squares), total, BLOCK=1024, **shared)
 
     def swap(self, launch: Launch) -> None:
         """The parameters of a launch and their slow weights change places."""
@@ -269,26 +282,6 @@ class DeviceTables:
             launch.first_chunk,
             **options(kernels, launch),
             **moment_options(launch),
-        )
-
-    def _sum_squares(self, launch: Launch, tables: Tables, gradients: Tensor, to: Tensor) -> None:
-        kernels = load_kernels()
-        kernels.squares_kernel[(launch.chunks,)](
-            tables.records,
-            gradients,
-            tables.chunks,
-            launch.first_chunk,
-            to,
-            T=triton_dtype(kernels, launch.format.value),
-            STRIDED=launch.strided,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK[launch.format.value],
-            num_warps=NUM_WARPS,
-        )
-
-    def _sum(self, of_chunks: Tensor, count: int, total: Tensor) -> None:
-        load_kernels().total_kernel[(1,)](
-            of_chunks, count, total, BLOCK=1024, num_warps=NUM_WARPS, enable_fp_fusion=False
         )
 
     def _slow(self, launch: Launch, tables: Tables, swap: bool) -> None:

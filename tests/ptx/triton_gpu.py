@@ -32,6 +32,7 @@ class IdleGPU:
         self.capability = capability
         self.loaded: list[str] = []
         self.launched: list[str] = []
+        self.fusing: list[str] = []  # what may round once where the contract rounds twice
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, WARP)
@@ -53,6 +54,8 @@ class IdleGPU:
         return object()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        if metadata.enable_fp_fusion:
+            self.fusing.append(source.fn.__name__)
         return lambda *_: self.launched.append(source.fn.__name__)
 
 
