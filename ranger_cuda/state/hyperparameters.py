@@ -246,9 +246,9 @@ def check_bounds(bounds: Any) -> None:
         with contextlib.suppress(TypeError, ValueError):
             low, high = _bounds(bounds)
     # Beyond what float32 holds a finite number would become an infinite parameter.
-    if not (low <= high and low <= LARGEST and high >= -LARGEST) or any(
-        LARGEST < abs(bound) < math.inf for bound in (low, high)
-    ):
+    from_low = low == -math.inf or abs(low) <= LARGEST
+    to_high = high == math.inf or abs(high) <= LARGEST
+    if not (low <= high and from_low and to_high):
         raise ValueError(
             f"Invalid bounds value: {shown(bounds)}; give the lowest and the highest value of a "
             "parameter, like (-1.0, 1.0), in float32's range, None for none"

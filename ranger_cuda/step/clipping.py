@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,24 +10,10 @@ from torch import Tensor
 from ..backends.scaling import Scaling
 from ..state.tensors import DTensor, is_capturing, is_fsdp1_s
 
+if TYPE_CHECKING:
+    from .dispatch import Dispatcher
+
 NONFINITE = ("propagate", "skip", "raise")  # what becomes of a step whose norm is not finite
-
-
-class Found(Protocol):
-    """The parameters that a step moves."""
-
-    def moving(self) -> list[Tensor]:
-        """They themselves."""
-
-    def place_of(self) -> dict[Tensor, int]:
-        """Where each parameter stands, counted through the groups."""
-
-    def squares(self, places: set[int] | None = None) -> list[Tensor]:
-        """Sums of the squares of their gradients, float64 scalars: of each device one or more.
-
-        Args:
-            places: of the parameters that count; None: all do.
-        """
 
 
 def with_norm(norm: Tensor, scaling: Scaling, nonfinite: str) -> Scaling:
@@ -59,10 +45,13 @@ def with_norm(norm: Tensor, scaling: Scaling, nonfinite: str) -> Scaling:
 
 
 @torch.no_grad()
-def total_norm(found: Found) -> Tensor:
+def total_norm(found: Dispatcher) -> Tensor:
     """The 2-norm of all gradients taken together, over all ranks for those of DTensors.
 
     In float64, in an order that is fixed on one device and layout; outside the numerical contract.
+
+    Args:
+        found: what has collected the parameters that move.
 
     Returns:
         a float64 scalar on a device that gradients are on; nothing waits for it.

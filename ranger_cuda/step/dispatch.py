@@ -27,13 +27,10 @@ from ..state.tensors import (
     local,
 )
 from .algorithms import LOOKAHEAD, Algorithm, Member, members
-from .clipping import Found
 from .interrupts import Deferred
 from .native import Groups, Native, State, StepInputs
 from .python_step import ON_HOST, NewState, PythonStep
 from .swaps import Pairs, pairs_of, swapped
-
-Measure = Callable[[Found, Scaling], Scaling]
 
 
 def check_no_capture() -> None:
@@ -269,7 +266,7 @@ class Dispatcher:
         self,
         hypers: Sequence[Hyperparameters],
         scaling: Scaling = NO_SCALING,
-        measure: Measure | None = None,
+        measure: Callable[[Dispatcher, Scaling], Scaling] | None = None,
     ) -> None:
         """The second half of :meth:`step`: move what was collected, whatever interrupts.
 
@@ -304,12 +301,12 @@ class Dispatcher:
                 self.unmoved = self.unmoved - step.unmoved | step.at_rest
 
     def moving(self) -> list[Tensor]:
-        """As in :class:`clipping.Found`."""
+        """The parameters that were collected."""
         moved = [] if self._native is None else self._native.roster.moved()
         return moved + [row.param for row in self._rows]
 
     def place_of(self) -> dict[Tensor, int]:
-        """As in :class:`clipping.Found`."""
+        """Where each parameter stands, counted through the groups."""
         assert self._step is not None
         places: dict[Tensor, int] = {}
         for place, member in enumerate(members(self._step.param_groups)):
@@ -317,7 +314,12 @@ class Dispatcher:
         return places
 
     def squares(self, places: set[int] | None = None) -> list[Tensor]:
-        """As in :class:`clipping.Found`."""
+        """Sums of the squares of the gradients that were collected, float64 scalars: of each device
+        one or more. They come before the launch, and nothing waits for them.
+
+        Args:
+            places: of the parameters that count; None: all do.
+        """
         sums = [] if self._native is None else self._native.squares(places)
         for row in self._rows:
             if places is None or row.place in places:

@@ -179,12 +179,7 @@ class Native:
                 launcher.kernels.prepare(self.roster)
 
     def squares(self, places: Collection[int] | None) -> list[Tensor]:
-        """The sums of the squares of the gradients that were collected, one of each launcher, where
-        its rows are: float64 scalars. They come before the launch, and nothing waits for them.
-
-        Args:
-            places: of the parameters that count; None: all do.
-        """
+        """As :meth:`Dispatcher.squares`, of these rows: one of each launcher."""
         of = [] if places is None else sorted(places)
         sums = []
         for backend, device, kernels in self.launchers:

@@ -162,7 +162,7 @@ class FusedOptimizer(Optimizer):
         finally:
             dispatcher.release()
 
-    def _measured(self, found: clipping.Found, scaling: Scaling) -> Scaling:
+    def _measured(self, found: Dispatcher, scaling: Scaling) -> Scaling:
         norm, scale = clipping.total_norm(found), scaling.grad_scale
         self.grad_norm = norm if scale is None else norm / scale
         return clipping.with_norm(norm, scaling, self._options["nonfinite_grad_norm"])
