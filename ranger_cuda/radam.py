@@ -41,6 +41,13 @@ class RAdam(FusedOptimizer):
             None. A step ends with what ``torch.clamp`` would do, in the same pass; Ranger's slow
             weights keep within them from their first sync on. Of a complex parameter the real and
             the imaginary parts are bounded.
+        centralize: gradient centralization (Yong et al., arXiv:2004.01461, equation (1)): from each
+            gradient the mean of its slice along the first dimension, that of an output channel or
+            neuron, is subtracted before anything else is done with it. The gradient itself is not
+            written. "conv": of parameters of more than 3 dimensions, as the weights of convolutions
+            are; "all": of more than 1; None: of none. Not of complex parameters, of
+            FullyShardedDataParallel's, or of DTensors whose shards cut slices. ``max_grad_norm``
+            goes by the gradients as they come.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
             parameter's device and dtype here. All return the same bits.
         weight_rounding: of bfloat16 and float16 parameters. "exact": beside the parameter the state
@@ -74,8 +81,8 @@ class RAdam(FusedOptimizer):
         capturable: the same; every step on a GPU can be captured in a CUDA graph.
         differentiable: not supported; True is an error.
 
-    Every argument from ``lr`` to ``bounds``, ``weight_rounding``, ``max_grad_norm`` and ``seed``
-    may be set for each parameter group.
+    Every argument from ``lr`` to ``centralize``, ``weight_rounding``, ``max_grad_norm`` and
+    ``seed`` may be set for each parameter group.
 
     State of a parameter: ``step`` (float32 scalar, on the CPU or where the kernels run),
     ``exp_avg`` and ``exp_avg_sq`` (the parameter's shape): 8 bytes a float32 parameter.
@@ -112,6 +119,7 @@ class RAdam(FusedOptimizer):
         rho_threshold: float = 4.0,
         maximize: bool = False,
         bounds: tuple[float | None, float | None] | None = None,
+        centralize: str | None = None,
         backend: BackendName | None = None,
         weight_rounding: str = "exact",
         state_dtype: StateDType = torch.float32,
@@ -133,6 +141,7 @@ class RAdam(FusedOptimizer):
             "rho_threshold": rho_threshold,
             "maximize": maximize,
             "bounds": bounds,
+            "centralize": centralize,
             "weight_rounding": weight_rounding,
             "max_grad_norm": max_grad_norm,
             "seed": seed,

@@ -28,7 +28,7 @@ WORLD = 2
 PATIENCE = timedelta(seconds=60)  # of the others, when one rank has failed
 OPTIONS = {"lr": 0.01, "k": 3, "weight_decay": 0.1}
 BUILDS = (
-    functools.partial(Ranger, **OPTIONS),
+    functools.partial(Ranger, centralize="all", **OPTIONS),
     functools.partial(Ranger, backend="reference", **OPTIONS),
     lambda p: Lookahead(RAdam(p, lr=0.01), k=3),
     lambda p: Lookahead(torch.optim.AdamW(p, lr=0.01, foreach=False), k=3),

@@ -35,7 +35,8 @@ def backward(params, step, resting=(), retain_graph=False):
 def in_groups(params):
     """Two groups, the second of which has other hyperparameters."""
     half = len(params) // 2
-    second = {"lr": 0.01, "seed": 7, "bounds": (-0.5, 0.5)}
+    centralize = None if any(param.is_complex() for param in params) else "all"
+    second = {"lr": 0.01, "seed": 7, "bounds": (-0.5, 0.5), "centralize": centralize}
     return [{"params": params[:half]}, {"params": params[half:], **second}]
 
 

@@ -140,7 +140,8 @@ def interpreted_kernels() -> ModuleType:
         modules = fresh_triton()
     # Which the interpreter applies to arrays; any other, to one number after the other.
     modules["triton_codecs"].larger = triton.language.standard._elementwise_max
-    modules["triton_norm"].added = triton.language.standard._sum_combine
+    for name in ("triton_norm", "triton_centralize"):
+        modules[name].added = triton.language.standard._sum_combine
     return modules["triton_kernels"]
 
 
@@ -160,6 +161,7 @@ def fresh_triton() -> dict[str, ModuleType]:
             "schedule",
             "memory",
             "norm",
+            "centralize",
             "kernels",
         ):  # as they import
             name = f"triton_{part}"
@@ -196,14 +198,14 @@ def load(binary: Path) -> ModuleType:
 
 
 # By their mangled names; to compile all for the CPU takes minutes.
-PLAIN_KERNELS = r"ScheduleKernel|SquaresKernel|TotalKernel|\d(Radam|Slow)Kernel"
+PLAIN_KERNELS = r"ScheduleKernel|SquaresKernel|TotalKernel|CentralizeKernel|\d(Radam|Slow)Kernel"
 
 
 def kernels_of(format: formats.Format) -> str:
     """The kernels that low-precision rows of a format need, as a pattern."""
     params = "LowParameters" if formats.is_low(format.param.dtype) else "Float32Parameters"
     moments = "PlainIf" if format.exp_avg.name == "Float32" else format.exp_avg.name
-    others = "ScheduleKernel|SquaresKernel|TotalKernel|SlowKernel"
+    others = "ScheduleKernel|SquaresKernel|TotalKernel|CentralizeKernel|SlowKernel"
     return rf"{others}|WideRadamKernel.*{params}.*{moments}"
 
 

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from ranger_cuda.backends import support
 from ranger_cuda.state.hyperparameters import Hyperparameters, packed
-from ranger_cuda.state.tensors import DTensor, first_of, plain, plain_grad
+from ranger_cuda.state.tensors import DTensor, plain, plain_grad, shard_of
 from ranger_cuda.step.algorithms import RANGER
 
 HYPER = packed(
@@ -39,7 +39,7 @@ class Made:
         self.state = {param: self.state_of(param) for param in self.params}
         self.groups = [{"params": self.params}]
         self.roster = self.extension.Roster(
-            EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad, first_of
+            EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad, shard_of
         )
         self.roster.serve(torch.ones(1), "", 0, "float32")
         self.launcher = self.extension.CpuLauncher(getattr(self.extension.Rule, rule), 0)
@@ -96,7 +96,7 @@ def on_another_device():
 def without_moments():
     made = Made()
     made.roster = made.extension.Roster(
-        EXCHANGE_API, (None, None, "slow_param"), "step", DTensor, plain, plain_grad, first_of
+        EXCHANGE_API, (None, None, "slow_param"), "step", DTensor, plain, plain_grad, shard_of
     )
     made.roster.serve(torch.ones(1), "", 0, "float32")
     made.collect()
@@ -145,16 +145,16 @@ MISUSES = {
     "serving in another format": lambda: Made().roster.serve(torch.ones(1), "", 0, "float64"),
     "serving with no launcher": lambda: Made().roster.serve(torch.ones(1), "", -1, "float32"),
     "two names of states": lambda: Made().extension.Roster(
-        EXCHANGE_API, ("a", "b"), "step", DTensor, plain, plain_grad, first_of
+        EXCHANGE_API, ("a", "b"), "step", DTensor, plain, plain_grad, shard_of
     ),
     "names that are no strings": lambda: Made().extension.Roster(
-        EXCHANGE_API, (1, 2, 3, 4), "step", DTensor, plain, plain_grad, first_of
+        EXCHANGE_API, (1, 2, 3, 4), "step", DTensor, plain, plain_grad, shard_of
     ),
     "a place below 0": lambda: Made().extension.Roster(
-        EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad, first_of, -1
+        EXCHANGE_API, RANGER.streams, "step", DTensor, plain, plain_grad, shard_of, -1
     ),
     "another capsule": lambda: Made().extension.Roster(
-        torch.ones(1).__dlpack__(), RANGER.streams, "step", DTensor, plain, plain_grad, first_of
+        torch.ones(1).__dlpack__(), RANGER.streams, "step", DTensor, plain, plain_grad, shard_of
     ),
     "a step with too few hyperparameters": lambda: Made().step(hypers=[]),
     "a step with too many threads": lambda: Made().step(num_threads=2**31 - 1),

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.backends import support
-from ranger_cuda.state.tensors import DTensor, first_of, plain, plain_grad
+from ranger_cuda.state.tensors import DTensor, plain, plain_grad, shard_of
 from ranger_cuda.step import dispatch
 from ranger_cuda.step.algorithms import RANGER
 
@@ -166,7 +166,7 @@ def test_a_failing_call_of_cuda_is_an_exception_that_names_it():
         DTensor,
         plain,
         plain_grad,
-        first_of,
+        shard_of,
     )
     launcher = extension.CudaLauncher(extension.Rule.RADAM, 0, 0)
     with pytest.raises(RuntimeError, match=r"^cu\w+: .*\(error \d+, cudaError\w+\)"):

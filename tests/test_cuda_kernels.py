@@ -175,6 +175,41 @@ DEFECTS = {
         "plain",
         CONTEXT,
     ),
+    "slice_behind_the_last": Defect(
+        "centralize_kernel.h",
+        "const bool is_there = index * length < staged.row.numel;",
+        "const bool is_there = true;",
+        "address",
+        OVERRUN,
+    ),
+    "lanes_not_all_folded": Defect(
+        "centralize_kernel.h",
+        "int left = kTeam / 2; left > 0;",
+        "int left = kTeam / 2; left > 1;",
+        "plain",
+        DIFFERS,
+    ),
+    "sums_read_too_early": Defect(
+        "centralize_kernel.h",
+        "*room = sums[0];\n      thread.barrier();",
+        "*room = sums[0];",
+        "thread",
+        "data race",
+    ),
+    "slices_of_the_first_row": Defect(
+        "geometry.cpp",
+        "{static_cast<int32_t>(at), static_cast<int32_t>(first",
+        "{0, static_cast<int32_t>(first",
+        "plain",
+        ANYTHING,
+    ),
+    "gradients_upon_each_other": Defect(
+        "launch.cu",
+        "reinterpret_cast<uint64_t>(scratch) + geometry_.scratch[at]",
+        "reinterpret_cast<uint64_t>(scratch)",
+        "plain",
+        DIFFERS,
+    ),
     "last_group_left_out": Defect("geometry.cpp", "group + 1);", "group);", "plain", ANYTHING),
     "first_group_left_out": Defect(
         "geometry.cpp", "std::min(with.first_group, group)", "with.first_group", "plain", ANYTHING

@@ -23,6 +23,7 @@ ROW_KERNEL = re.compile(
     r"|(?P<wide>WideRadamKernel)INS0_10WideFormatINS0_\d+(?P<params>\w+?)ParametersE(?P<codecs>\w+)"
     r"|(?P<pull>LowInterpolationKernel)"
     r"|(?P<norm>SquaresKernel)ILb(?P<grad_strided>[01])E|(?P<total>TotalKernel)"
+    r"|(?P<centralize>CentralizeKernel)"
 )
 MOMENTS = {"GroupedSigned": "8bit", "StochasticBFloat16": "bfloat16", "PlainIf": "float32"}
 
@@ -48,6 +49,8 @@ class Kernel(NamedTuple):
             return Kernel("Slow", value, match["gaps"] == "1", match["rule"])
         if match["norm"]:
             return Kernel("Squares", "", match["grad_strided"] == "1")
+        if match["centralize"]:
+            return Kernel("Centralize")
         if match["total"]:
             return Kernel("Total")
         strided = "9Scattered" in mangled
@@ -61,6 +64,7 @@ KERNELS = {
     *(Kernel("Schedule", detail=words) for words in ("52", "500", "1012", "2036", "4083")),
     *(Kernel("Squares", "", strided) for strided in (False, True)),
     Kernel("Total"),
+    Kernel("Centralize"),
     *(
         Kernel(*kernel)
         for strided in (False, True)
@@ -96,6 +100,7 @@ REGISTERS = {
     ("Squares", "", False): 64,
     ("Squares", "", True): 64,
     ("Total", "", False): 64,
+    ("Centralize", "", False): 80,
 }
 # 16-byte accesses of a thread to each stream, side by side.
 PACKS = {"float32": 2, "float64": 1, "16 bits": 2}

@@ -255,6 +255,29 @@ def clipping_refused(rank, folder):
         assert not optimizer.state
 
 
+def centralization_refused(rank, folder):
+    """A part of a slice has another mean than the whole."""
+    flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    optimizer = Ranger(flat.parameters(), centralize="all", **OPTIONS)
+    flat(torch.ones(4)).sum().backward()
+    with pytest.raises(RuntimeError, match="FullyShardedDataParallel keeps it flat"):
+        optimizer.step()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for backend, stepped in itertools.product((None, "reference"), (False, True)):
+        plain = nn.Parameter(torch.ones(2, 2))
+        param = nn.Parameter(distribute_tensor(torch.ones(2, 4), mesh, [Shard(1)]))
+        optimizer = Ranger([plain, param], backend=backend, **OPTIONS)
+        plain.grad = torch.arange(4.0).view(2, 2)
+        param.grad = distribute_tensor(torch.arange(8.0).view(2, 4), mesh, [Shard(1)])
+        if stepped:
+            optimizer.step()
+        before = plain.detach().clone()
+        optimizer.param_groups[0]["centralize"] = "all"
+        with pytest.raises(RuntimeError, match="its shards cut the slices"):
+            optimizer.step()
+        assert_same_bits(plain, before, "refused")
+
+
 def tensor_parallel(rank, folder):
     """DTensors that no FSDP gathers need no model. (Before any check that uses FSDP2.)"""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -322,6 +345,7 @@ CHECKS = (
     clipping,
     norms,
     clipping_refused,
+    centralization_refused,
     evaluation,
     evaluation_refused,
     eval_mode,

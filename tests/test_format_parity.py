@@ -56,6 +56,9 @@ def check(target, format, steps=7, build=Ranger, **more):
     for param in (*a, *b):
         param.grad_dtype = None  # any
     for step in range(steps):
+        if step == 1:  # gradients are centralized from the middle of a run on
+            for group in (*native.param_groups, *reference.param_groups):
+                group["centralize"] = "all"
         if step == 2:  # slow weights get momentum in the middle of a run
             for group in (*native.param_groups, *reference.param_groups):
                 group["outer_momentum"] = 0.9
@@ -122,8 +125,11 @@ def test_every_bit_of_what_nvcc_compiles_is_the_reference_s(name, architecture, 
     optimizer = check(target, format, steps=5, k=2, alpha=0.3, weight_decay=0.1)
     with device().counting() as launches:
         optimizer.step()
-    schedule, *main = [launch.kernel for launch in launches]
+    *before, schedule, first, second = [launch.kernel for launch in launches]
+    assert ["CentralizeKernel" in kernel for kernel in before] == [False, True]
+    assert "ScheduleKernel" in before[0]
     assert "ScheduleKernel" in schedule
+    main = [first, second]
     assert ["Scattered" in kernel for kernel in main] == [False, True]
 
 

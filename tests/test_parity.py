@@ -65,6 +65,7 @@ groups = st.fixed_dictionaries(
         "outer_momentum": st.sampled_from([0.0, 0.5, 0.9]),
         "outer_nesterov": st.booleans(),
         "bounds": st.sampled_from([None, (-0.5, 0.25), (0.0, None), (None, 0.1)]),
+        "centralize": st.sampled_from([None, "conv", "all"]),
     }
 )
 models = st.lists(
@@ -95,6 +96,8 @@ def check_every_bit(target, drawn, seed, steps):
     sets = ([], [])
     grouped = ([], [])
     for options, tensors in drawn:
+        if any(dtype.is_complex for _, dtype, _ in tensors):
+            options = {**options, "centralize": None}
         made = [LAYOUTS[layout](spread(s, d, generator, 3)) for s, d, layout in tensors]
         for params, side, new in zip(sets, grouped, twins(made, target.move), strict=True):
             params.extend(new)

@@ -63,12 +63,13 @@ def compiled(kernel, target, format=torch.float32, strided=False, **more):
     kernels = triton_tables.load_kernels()
     function = getattr(kernels, kernel)
     format = format if isinstance(format, formats.Format) else formats.of(format)
-    launch = triton_tables.Launch(format, strided, 0, 1)
+    launch = triton_tables.Launch(format, strided, 0, 1, 0, 1)
     options = triton_tables.options(kernels, launch, more.get("SWAP", False)) | more
     if kernel == "radam_kernel":
         options |= triton_tables.moment_options(launch)
     constants = {name: value for name, value in options.items() if name in function.arg_names}
-    types = {"chunks": "*i32", "first_chunk": "i32"}
+    types = {"chunks": "*i32", "first_chunk": "i32", "scratch": "i64"}
+    types |= {"slices": "*i32", "first_slice": "i32"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*i64")
         for name in function.arg_names
@@ -275,6 +276,9 @@ def test_the_other_kernels_compile(target):
     eight = BY_NAME["bfloat16_stochastic24_8bit"], BY_NAME["float16_exact_8bit"]
     for dtype in (torch.float32, torch.float64, *eight):
         assert compiled("radam_kernel", target, dtype, strided=True).asm
+        for strided in (False, True):
+            options = {"LANES": triton_tables.LANES, "num_warps": 1}
+            assert compiled("centralize_kernel", target, dtype, strided, **options).asm
         for swap in (False, True):
             assert compiled("slow_kernel", target, dtype, strided=True, SWAP=swap).asm
 
@@ -283,7 +287,8 @@ def test_the_tables_are_those_of_the_compiled_backend():
     extension = support.extension()
     if isinstance(extension, support.Obstacle):
         pytest.skip(extension.cause)
-    words = ("row_words", "rest_of", "numel", "step", "layout", "first", "group", "place", "seed")
+    words = ("row_words", "rest_of", "numel", "step", "layout", "first", "slice")
+    words += ("scratch", "group", "place", "seed")
     words += ("scalar_words", "coefficients", "keys", "group_words")
     here = {name: getattr(triton_words, name.upper()).value for name in words}
     flags = ("active", "rectified", "l2", "sync", "outer", "bounded")

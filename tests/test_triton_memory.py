@@ -131,12 +131,13 @@ def test_tables_outlive_what_other_streams_read(interpreted, monkeypatch):
     """Freed, memory goes to the stream it was made on, unless it is recorded for the others."""
     streams = Streams(monkeypatch)
     params = with_gradients(torch.randn(5), torch.randn(6, 8)[:, ::2])
-    optimizer = Ranger(params, k=2, backend="triton")
+    optimizer = Ranger(params, k=2, centralize="all", backend="triton")
     optimizer.step()
     assert not streams.recorded
     tables = optimizer._dispatcher._native.launchers[0].kernels._tables
-    on_device = {t.data_ptr() for t in (*tables._tables, tables._squares, tables.layouts)}
-    assert len(on_device) == 6
+    on_device = [*tables._tables, tables._squares, tables._slices, tables.layouts]
+    on_device = {t.data_ptr() for t in (*on_device, tables._before, tables._layouts_before)}
+    assert len(on_device) == 9
     streams.current = "second"
     optimizer.step()
     assert streams.recorded == {(address, "second") for address in on_device}
@@ -148,9 +149,9 @@ def test_a_step_s_inputs_never_overwrite_those_on_their_way(interpreted, monkeyp
     hosts = []
     upload = triton_tables.DeviceTables._upload
 
-    def watched(tables, words):
+    def watched(tables, *given):
         host, before = tables._host, tables._last_inputs
-        found = upload(tables, words)
+        found = upload(tables, *given)
         hosts.append((host, tables._last_inputs is not before))
         return found
 
@@ -260,17 +261,17 @@ def test_everything_is_launched_on_the_tensors_device(gpu, monkeypatch):
 def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, monkeypatch):
     upper = 2**64 - 64
     data = [upper, 0, upper, upper, upper, upper] + [0] * 6
-    row = TensorRow(4, "float32", 0, 0, upper, 96, 3, [4], data, [[]] * 12)
+    row = TensorRow(4, "float32", 0, 0, upper, 96, 2, 3, [4], data, [[]] * 12)
     tables = triton_tables.DeviceTables("RADAM", [row], 1, torch.device("cpu"), set())
     streams = [-64, 0, -64, -64, -64, -64] + [0] * 6
-    assert tables._tables.records.tolist() == [[*streams, 4, -64, 0, 96, 0, 3]]
+    assert tables._tables.records.tolist() == [[*streams, 4, -64, 0, 96, 2, 0, 0, 3]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
     assert triton_tables.number_words(number) == [-64, 1]
 
     optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
     optimizer.step()
     (launcher,) = optimizer._dispatcher._native.launchers
-    monkeypatch.setattr(triton_tables.DeviceTables, "launch", lambda tables, words: None)
+    monkeypatch.setattr(triton_tables.DeviceTables, "launch", lambda *args: None)
     addresses = launcher.kernels._tables.gradients
     optimizer.step()
     assert addresses.tolist() == [optimizer.param_groups[0]["params"][0].grad.data_ptr()]

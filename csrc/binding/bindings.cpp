@@ -124,6 +124,20 @@ void swap_on_cpu(CpuLauncher& launcher, Roster& roster, int num_threads) {
   launcher.swap(roster, [&](cpu::Launcher& its) { its.swap(roster.rows(), num_threads); });
 }
 
+void require_scratch(bool enough) {
+  if (!enough) throw py::value_error("gradients are centralized in scratch memory of the device");
+}
+
+void* to_scratch(const py::object& tensor, int64_t size, const Roster& roster, int32_t device) {
+  if (size == 0) return nullptr;
+  DLTensor found;
+  const bool is_there = !tensor.is_none() && roster.exchange().describe(tensor.ptr(), &found);
+  require_scratch(is_there && found.device.device_type == cuda::kDeviceType &&
+                  found.device.device_id == device && is_row_major(shape_of(found)) &&
+                  count_elements(shape_of(found)) * found.dtype.bits / 8 >= size);
+  return data_of(found);
+}
+
 // A step's arguments, as a CUDA device's launcher takes them.
 struct CudaStep {
   CudaStep(const py::bytes& hypers, const py::tuple& fields, const Roster& roster, int32_t device)
@@ -136,11 +150,14 @@ struct CudaStep {
   void* stream;
 };
 
+// `scratch`: memory for gradients that are centralized; None where none are.
 void launch_on_cuda(CudaLauncher& launcher, Roster& roster, const py::bytes& hypers,
-                    const py::tuple& signals) {
-  const CudaStep step(hypers, signals, roster, launcher.launcher().device());
+                    const py::tuple& signals, const py::object& scratch) {
+  const int32_t device = launcher.launcher().device();
+  const CudaStep step(hypers, signals, roster, device);
+  void* const memory = to_scratch(scratch, launcher.launcher().scratch_size(), roster, device);
   launcher.launch(roster, step.groups.size(), [&](cuda::Launcher& its) {
-    its.launch(roster.rows(), step.groups, step.signals, step.stream);
+    its.launch(roster.rows(), step.groups, step.signals, memory, step.stream);
   });
 }
 
@@ -150,7 +167,8 @@ py::list step_on_cuda(CudaLauncher& launcher, Roster& roster, const py::sequence
   const CudaStep step(hypers, signals, roster, launcher.launcher().device());
   return launcher.step(roster, param_groups, state, moved, step.groups.size(),
                        [&](cuda::Launcher& its) {
-                         its.launch(roster.rows(), step.groups, step.signals, step.stream);
+                         require_scratch(its.scratch_size() == 0);
+                         its.launch(roster.rows(), step.groups, step.signals, nullptr, step.stream);
                        });
 }
 
@@ -173,8 +191,8 @@ void swap_on_cuda(CudaLauncher& launcher, Roster& roster) {
 // --- what the roster tells launchers in Python ---------------------------------------------------
 
 // (numel, format, the gradient's DType, group, the step count's address, where its elements begin,
-// its place, sizes, each tensor's address and strides); 0 for a tensor that is not there, and for
-// the gradient. Sizes and strides are empty where all streams are consecutive.
+// its slices' length, its place, sizes, each tensor's address and strides); 0 for a tensor that is
+// not there, and for the gradient. Sizes and strides are empty where all streams are consecutive.
 py::list rows_of(const Roster& roster, int32_t launcher) {
   static const Layout kNone;
   py::list rows;
@@ -186,8 +204,8 @@ py::list rows_of(const Roster& roster, int32_t launcher) {
     const Layout& layout = row.layout ? *row.layout : kNone;
     rows.append(py::make_tuple(row.numel, info_of(row.format).name,
                                static_cast<int>(row.grad_dtype), row.group,
-                               reinterpret_cast<uintptr_t>(row.step), row.first, row.place,
-                               layout.sizes, addresses, layout.strides));
+                               reinterpret_cast<uintptr_t>(row.step), row.first, row.slice,
+                               row.place, layout.sizes, addresses, layout.strides));
   }
   return rows;
 }
@@ -298,6 +316,8 @@ py::dict table_layout() {
   layout["layout"] = words(offsetof(cuda::DeviceRow, layout));
   layout["first"] = words(offsetof(cuda::DeviceRow, first));
   layout["group"] = words(offsetof(cuda::DeviceRow, group));
+  layout["slice"] = words(offsetof(cuda::DeviceRow, slice));
+  layout["scratch"] = words(offsetof(cuda::DeviceRow, scratch));
   layout["place"] = words(offsetof(cuda::DeviceRow, place));
   layout["rest_of"] = kRestOf;
   layout["scalar_words"] = words(sizeof(cuda::RowScalars));
@@ -331,7 +351,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<py::capsule, py::sequence, py::str, py::object, py::object, py::object,
                     py::object, int32_t>(),
            py::arg("exchange_api"), py::arg("streams"), py::arg("step_name"), py::arg("dtensor"),
-           py::arg("plain"), py::arg("plain_grad"), py::arg("first_of"), py::arg("first_place") = 0)
+           py::arg("plain"), py::arg("plain_grad"), py::arg("shard_of"), py::arg("first_place") = 0)
       .def("serve", &Roster::serve, py::arg("tensor"), py::arg("weight_rounding"),
            py::arg("launcher"), py::arg("format"))
       .def("collect", &Roster::collect, py::arg("param_groups"), py::arg("state"),
@@ -366,7 +386,11 @@ PYBIND11_MODULE(_C, module) {
            }),
            py::arg("rule"), py::arg("index"), py::arg("device"))
       .def("prepare", &CudaLauncher::prepare, py::arg("roster"))
-      .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"))
+      .def("launch", &launch_on_cuda, py::arg("roster"), py::arg("hypers"), py::arg("signals"),
+           py::arg("scratch") = py::none())
+      .def_property_readonly(
+          "scratch_size",
+          [](const CudaLauncher& launcher) { return launcher.launcher().scratch_size(); })
       .def("step", &step_on_cuda, py::arg("roster"), py::arg("param_groups"), py::arg("state"),
            py::arg("moved"), py::arg("hypers"), py::arg("signals"))
       .def("squares", &squares_on_cuda, py::arg("roster"), py::arg("places"), py::arg("total"))

@@ -78,6 +78,15 @@ double squares(const T* gradients, int64_t count) {
   return sums[0];
 }
 
+template <typename T>
+void add_to_lanes(const T* __restrict__ gradients, int64_t count, T* __restrict__ sums) {
+  int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += gradients[first + lane];
+  }
+  for (int lane = 0; first + lane < count; ++lane) sums[lane] += gradients[first + lane];
+}
+
 template <typename T, typename Grad>
 void widen(const void* gradients, T* __restrict__ values, int64_t count) {
   const auto* __restrict__ from = static_cast<const Grad*>(gradients);
@@ -176,6 +185,7 @@ constexpr KernelsOf<T> kKernelsOf = {
     radam_chunk<T>,
     lookahead_chunk<T>,
     squares<T>,
+    add_to_lanes<T>,
     {widen<T, float>, widen<T, double>, widen<T, BFloat16>, widen<T, Float16>},
     {RANGER_CODECS(RANGER_DECODER)},
     {RANGER_CODECS(RANGER_ENCODER)}};

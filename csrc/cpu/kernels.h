@@ -45,6 +45,8 @@ struct KernelsOf {
   void (*radam)(const RadamArgs<T>&);
   void (*lookahead)(const LookaheadArgs<T>&);
   double (*squares)(const T* gradients, int64_t count);  // their sum
+  // Gradients of a slice, from its first lane on, to the sums of its kLanes.
+  void (*add_to_lanes)(const T* gradients, int64_t count, T* sums);
   void (*widen[kGradDTypes])(const void* gradients, T* values, int64_t count);
   void (*decode[kCodecs])(const Stored& from, T* values);
   // `words`: of each element, 16 bits of which from `shift` on are random.

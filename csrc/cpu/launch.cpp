@@ -7,6 +7,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "../rule/radam_lookahead.h"
 #include "kernels.h"
 #include "strided.h"
 
@@ -16,7 +17,7 @@ namespace {
 // Elements that a thread copies at a time, whole groups: the copies of all streams stay in its
 // caches.
 constexpr int64_t kPieceSize = 2048;
-static_assert(kPieceSize % kGroup == 0 && kChunkSize % kPieceSize == 0);
+static_assert(kPieceSize % kGroup == 0 && kPieceSize % kLanes == 0 && kChunkSize % kPieceSize == 0);
 
 // A thread's room for the copies of a tensor, for the values of a stream, and for random words,
 // kept from step to step.
@@ -164,7 +165,7 @@ class Values {
 // Whether the kernels can work on all of the row's streams as they are.
 bool is_direct(const TensorRow& row) {
   const FormatInfo& format = info_of(row.format);
-  bool direct = row.layout == nullptr;
+  bool direct = row.layout == nullptr && row.slice == 0;
   for (int stream = 0; stream < kStreams; ++stream) {
     if (row.data[stream] == nullptr) continue;
     direct = direct && !(stream != kGrad && codec_of(row, stream).has_rest()) &&
@@ -183,7 +184,37 @@ const Coefficients<T>& of(const StepScalars& scalars) {
 }
 
 template <typename T>
-void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+double mean_of_slice(const TensorRow& row, int64_t index) {
+  T sums[kLanes] = {};
+  for (int64_t done = 0; done < row.slice; done += kPieceSize) {
+    const int64_t count = std::min(kPieceSize, row.slice - done);
+    const Chunk piece = {0, static_cast<int32_t>(count), index * row.slice + done};
+    kernels_of<T>().add_to_lanes(Values<T>(row, piece, kGrad).data(), count, sums);
+  }
+  for (int left = kLanes / 2; left > 0; left /= 2) {
+    for (int lane = 0; lane < left; ++lane) sums[lane] += sums[left + lane];
+  }
+  return mean(sums[0], row.slice);
+}
+
+// In a thread's room; the gradients themselves are not written.
+template <typename T>
+const T* centralized_gradients(const TensorRow& row, const Chunk& chunk, const T* g,
+                               const double* means) {
+  T* const out = static_cast<T*>(scratch(kTensors + kGrad));
+  for (int64_t i = 0; i < chunk.count;) {
+    const int64_t slice = (chunk.begin + i) / row.slice;
+    const int64_t end = std::min<int64_t>(chunk.count, (slice + 1) * row.slice - chunk.begin);
+    const T its = static_cast<T>(means[slice]);
+    for (; i < end; ++i) out[i] = centralized(g[i], its);
+  }
+  return out;
+}
+
+// `means`: of the row's slices, if it has any.
+template <typename T>
+void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now,
+               const double* means) {
   const Values<T> p(row, chunk, kParam), g(row, chunk, kGrad);
   const Values<T> m(row, chunk, kExpAvg), v(row, chunk, kExpAvgSq);
   RadamArgs<T> args{of<T>(now),  now.schedule.rectified,
@@ -191,6 +222,7 @@ void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now)
                     chunk.count, p.data(),
                     g.data(),    m.data(),
                     v.data()};
+  if (row.slice != 0) args.g = centralized_gradients(row, chunk, g.data(), means);
   const RandomKeys keys = random_keys(now.seed, row.place, now.step, false);
   RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
@@ -248,9 +280,10 @@ void for_each_piece(const Chunk& chunk, bool direct, const Run& run) {
 }
 
 template <typename T>
-void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now,
+               const double* means) {
   for_each_piece(chunk, is_direct(row), [&](const Chunk& piece) {
-    rule == Rule::kRadam ? run_radam<T>(row, piece, now) : run_lookahead<T>(row, piece, now);
+    rule == Rule::kRadam ? run_radam<T>(row, piece, now, means) : run_lookahead<T>(row, piece, now);
   });
 }
 
@@ -270,6 +303,9 @@ void Launcher::prepare(const Rows& rows) {
   if (version_ == rows.version) return;
   version_ = -1;
   chunks_.clear();
+  slices_.clear();
+  means_of_row_.assign(rows.rows.size(), 0);
+  int64_t means = 0;
   for (size_t i = 0; i < rows.rows.size(); ++i) {
     const TensorRow& row = rows.rows[i];
     if (row.launcher != index_) continue;
@@ -277,7 +313,17 @@ void Launcher::prepare(const Rows& rows) {
       const int64_t count = std::min<int64_t>(kChunkSize, row.numel - begin);
       chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
     }
+    if (row.slice == 0) continue;
+    const int64_t slices = row.numel / row.slice;
+    const int64_t most = std::max<int64_t>(kChunkSize / row.slice, 1);
+    for (int64_t begin = 0; begin < slices; begin += most) {
+      const int64_t count = std::min(most, slices - begin);
+      slices_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
+    }
+    means_of_row_[i] = means;
+    means += slices;
   }
+  means_.resize(means);
   version_ = rows.version;
 }
 
@@ -303,12 +349,27 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
     elements += row.numel;
     *row.step = static_cast<float>(step);
   }
+  find_means(rows, elements, num_threads);
   for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
     const StepScalars* const now = of_row_[chunk.row];
     if (now == nullptr || !(rule_ == Rule::kRadam || now->schedule.sync)) return;
     const TensorRow& row = rows.rows[chunk.row];
-    info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now)
-                                                 : run_chunk<float>(rule_, row, chunk, *now);
+    const double* const means = means_.data() + means_of_row_[chunk.row];
+    info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now, means)
+                                                 : run_chunk<float>(rule_, row, chunk, *now, means);
+  });
+}
+
+void Launcher::find_means(const Rows& rows, int64_t elements, int num_threads) {
+  for_each_chunk(slices_, elements, num_threads, [&](const Chunk& slices) {
+    if (of_row_[slices.row] == nullptr) return;
+    const TensorRow& row = rows.rows[slices.row];
+    const bool is_float64 = info_of(row.format).value == DType::kFloat64;
+    double* const means = means_.data() + means_of_row_[slices.row];
+    for (int64_t slice = slices.begin; slice < slices.begin + slices.count; ++slice) {
+      means[slice] =
+          is_float64 ? mean_of_slice<double>(row, slice) : mean_of_slice<float>(row, slice);
+    }
   });
 }
 

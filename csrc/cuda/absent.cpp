@@ -19,7 +19,8 @@ DeviceReport report_devices() {
 }
 
 void Launcher::prepare(const Rows&) { refuse(); }
-void Launcher::launch(const Rows&, const std::vector<Hyperparameters>&, const Signals&, void*) {
+void Launcher::launch(const Rows&, const std::vector<Hyperparameters>&, const Signals&, void*,
+                      void*) {
   refuse();
 }
 void Launcher::squares(const Rows&, const std::vector<int32_t>&, double*, void*) { refuse(); }

@@ -6,6 +6,8 @@
 namespace ranger::cuda {
 namespace {
 
+constexpr int64_t kAlignment = 16;
+
 std::tuple<FormatId, bool> kind_of(const TensorRow& row) { return {row.format, is_strided(row)}; }
 
 std::vector<ScheduleLaunch> cut_into_schedules(const std::vector<TensorRow>& rows,
@@ -53,6 +55,13 @@ Geometry make_geometry(const std::vector<TensorRow>& rows, int32_t launcher, int
       geometry.chunks.push_back(
           {static_cast<int32_t>(at), static_cast<int32_t>(begin / kChunkSize)});
     }
+    geometry.scratch.push_back(geometry.scratch_size);
+    if (row.slice == 0) continue;
+    for (int64_t first = 0; first < row.numel / row.slice; first += kSlices) {
+      geometry.slices.push_back({static_cast<int32_t>(at), static_cast<int32_t>(first / kSlices)});
+    }
+    const int64_t bytes = row.numel * info_of(info_of(row.format).value).item_size;
+    geometry.scratch_size += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
   const auto is_empty = [](const Launch& launch) { return launch.chunk_count == 0; };
   auto& launches = geometry.launches;

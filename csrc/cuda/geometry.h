@@ -33,6 +33,11 @@ struct Geometry {
   std::vector<ChunkRef> chunks;
   std::vector<ScheduleLaunch> schedules;
   std::vector<Launch> launches;  // one for each kind
+  std::vector<ChunkRef> slices;  // of rows whose gradients are centralized, kSlices of a row each
+  // Where those go: for each row, as they stand on the device, in bytes from the first of all; and
+  // how many bytes there are.
+  std::vector<int64_t> scratch;
+  int64_t scratch_size = 0;
 };
 
 // `launcher`: whose rows they are. `words`: of arguments that a schedule's launch takes.

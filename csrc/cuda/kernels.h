@@ -89,7 +89,7 @@ struct ScheduleKernel {
       return;
     }
     scalars.grad = reinterpret_cast<const void*>(grad);
-    if (header.purpose == kForNorm) {
+    if (header.purpose == kForGradients) {
       scalars.flags = kActive;
       return;
     }

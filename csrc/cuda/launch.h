@@ -8,6 +8,8 @@
 
 namespace ranger::cuda {
 
+class DeviceMemory;
+
 // Where the rows lie, as DLPack counts.
 #if defined(RANGER_EMULATE_CUDA)
 constexpr int kDeviceType = 1;
@@ -36,9 +38,12 @@ class Launcher {
   // Brings the tables to the device, if the rows are not those of the last call. May fail; what
   // follows it can only where the device does.
   void prepare(const Rows& rows);
-  // Counts a step for each active row, finds its scalars, and runs the rule on it.
+  // Counts a step for each active row, finds its scalars, and runs the rule on it. `scratch`: so
+  // much memory of the device as scratch_size() says, until the stream has come past the step.
   void launch(const Rows& rows, const std::vector<Hyperparameters>& hypers, const Signals& signals,
-              void* stream);
+              void* scratch, void* stream);
+  // In bytes, from prepare() on: for gradients that are centralized.
+  int64_t scratch_size() const { return geometry_.scratch_size; }
   // Writes to `total`, on the device, the sum of the squares of the active rows' gradients; of
   // those whose places are among `places`, unless it is empty.
   void squares(const Rows& rows, const std::vector<int32_t>& places, double* total, void* stream);
@@ -50,10 +55,11 @@ class Launcher {
  private:
   struct DeviceTables;
 
-  Tables tables(int64_t first_chunk) const;
-  // `places`: of a norm; otherwise nullptr.
+  Tables tables(const DeviceMemory& rows, const DeviceMemory& chunks, int64_t first_chunk) const;
+  // Tells kernels of each row: `grad_of(row, at)` is its word of ScheduleArgs.
+  template <class GradOf>
   void schedule(const Rows& rows, const std::vector<Hyperparameters>& hypers,
-                const Signals& signals, const std::vector<int32_t>* places, void* stream);
+                const Signals& signals, int64_t purpose, const GradOf& grad_of, void* stream);
   template <class Kernels>
   void run(void* stream);
   void load_kernels(const Geometry& geometry) const;

@@ -28,6 +28,10 @@ constexpr int64_t kChunkSize = RANGER_CUDA_CHUNK;  // elements of a block
 constexpr int kPacks = RANGER_CUDA_PACKS;          // 16-byte loads of a thread from each stream
 constexpr int kBlocks = RANGER_CUDA_BLOCKS;        // side by side on a multiprocessor, at least
 
+// Threads that sum a slice together, and slices of a block, where gradients are centralized.
+constexpr int kTeam = kThreads < 64 ? kThreads / 2 : 32;
+constexpr int kSlices = kThreads / kTeam;
+
 // --- on the device from step to step -----------------------------------------------------------
 
 struct DeviceRow {
@@ -36,6 +40,8 @@ struct DeviceRow {
   float* step;
   const int64_t* layout;  // nullptr: all streams are consecutive; otherwise see strided_offset()
   int64_t first;          // of its elements, in the whole parameter that it is a shard of
+  int64_t slice;          // see TensorRow; 0: gradients are not centralized
+  int64_t scratch;        // where those that are begin, in bytes from the first of all
   int32_t group;
   int16_t is_float64;  // its arithmetic
   int16_t grad_dtype;  // DType
@@ -43,7 +49,7 @@ struct DeviceRow {
   int32_t codec;       // CodecId of the parameter
 };
 
-// A block's work: elements [index * kChunkSize, ...) of a row.
+// A block's work: elements [index * kChunkSize, ...) of a row, or slices [index * kSlices, ...).
 struct ChunkRef {
   int32_t row;
   int32_t index;
@@ -88,8 +94,8 @@ struct GroupArgs {
 };
 
 // What a launch of the schedule kernel is for: a step, a pull after another optimizer's step, or
-// telling the kernels of the norm where gradients are, before the step.
-constexpr int64_t kForStep = 0, kForPull = 1, kForNorm = 2;
+// telling kernels that come before the step where gradients are.
+constexpr int64_t kForStep = 0, kForPull = 1, kForGradients = 2;
 
 // Arguments of the schedule kernel for consecutive rows. Gradients move from step to step, so their
 // addresses travel with the launch: nothing is copied, and a captured graph holds nothing that can

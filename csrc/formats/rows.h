@@ -37,6 +37,9 @@ struct TensorRow {
   float* step = nullptr;                  // its count of steps, where its kernels run
   int64_t numel = 0;
   int64_t first = 0;  // of its elements, in the whole parameter that it is a shard of
+  // Gradients are centralized by the mean of each slice along the first dimension, of so many
+  // elements, which come one after the other; 0: they are not.
+  int64_t slice = 0;
   int32_t place = 0;  // counted through the groups
   int32_t group = 0;
   int32_t launcher = kNobody;  // whose kernels move it

@@ -1,6 +1,8 @@
 // How a mover's tensors are described, and become a row.
+#include <algorithm>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "roster.h"
 
@@ -24,9 +26,10 @@ bool same_but_gradient(const TensorRow& a, const TensorRow& b) {
     if (tensor != kGrad && a.data[tensor] != b.data[tensor]) return false;
   }
   const bool same_layout = a.layout == b.layout || (a.layout && b.layout && *a.layout == *b.layout);
-  return a.step == b.step && a.numel == b.numel && a.first == b.first && a.place == b.place &&
-         a.group == b.group && a.launcher == b.launcher && a.device_type == b.device_type &&
-         a.format == b.format && a.grad_dtype == b.grad_dtype && same_layout;
+  return a.step == b.step && a.numel == b.numel && a.first == b.first && a.slice == b.slice &&
+         a.place == b.place && a.group == b.group && a.launcher == b.launcher &&
+         a.device_type == b.device_type && a.format == b.format && a.grad_dtype == b.grad_dtype &&
+         same_layout;
 }
 
 // Whether the row's format has such a tensor, of a stream that the rule has.
@@ -178,18 +181,34 @@ Roster::Outcome Roster::describe(Mover& mover) {
   return enter(mover, found, false);
 }
 
-// Elements count from the first of the whole parameter. Asked for once, unless it is sharded anew.
-int64_t Roster::first_of(const Mover& mover) {
+// Of a DTensor. Asked for once, unless it is sharded anew.
+const Roster::Member& Roster::shard_of(const Mover& mover) {
   static PyObject* const kSpec = interned("_spec");
   Member& member = members_[mover.position];
-  if (!is_dtensor(member.param)) return 0;
+  if (!is_dtensor(member.param)) return member;
   const py::object spec = take(PyObject_GetAttr(member.param, kSpec));
   if (!spec.is(member.spec)) {
     python_ran_ = true;
-    member.first = first_of_(py::handle(member.param)).cast<int64_t>();
+    std::tie(member.first, member.has_whole_slices) =
+        shard_of_(py::handle(member.param)).cast<std::tuple<int64_t, bool>>();
     member.spec = spec;
   }
-  return member.first;
+  return member;
+}
+
+// How many elements share a mean that their gradients are centralized by; 0: none do.
+int64_t Roster::slice_of(const Mover& mover, const Shape& shape) const {
+  if (!reads_gradients_) return 0;
+  const int32_t dims = centralized_dims_[members_[mover.position].group];
+  const int64_t numel = count_elements(shape);
+  return dims == 0 || shape.ndim < dims || numel == 0 ? 0 : numel / shape.sizes[0];
+}
+
+// Whether it is a real parameter of which the whole slices are here.
+bool Roster::has_slices(const Mover& mover) {
+  DLTensor found;
+  const bool is_complex = exchange_.describe(mover.param, &found) && found.dtype.code == kDLComplex;
+  return !is_complex && shard_of(mover).has_whole_slices;
 }
 
 Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool is_pair) {
@@ -209,7 +228,9 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool i
   if (mover.items[kStep] != nullptr) next.step = static_cast<float*>(data_of(found[kStep]));
   if (next.device_type == kDLCPU) __builtin_prefetch(next.step);
   const bool counts_elements = info_of(next.format).counts_elements();
-  if (counts_elements && !is_pair) next.first = first_of(mover);
+  if (counts_elements && !is_pair) next.first = shard_of(mover).first;
+  if (!is_pair) next.slice = slice_of(mover, shape);
+  if (next.slice != 0 && !has_slices(mover)) return Outcome::kNeedsPython;
   bool consecutive = true;
   for (int tensor = 0; tensor < kTensors; ++tensor) {
     if (!belongs(next, mover, tensor)) continue;
@@ -228,8 +249,10 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool i
     next.data[tensor] = data_of(found[tensor]);
   }
   if (!consecutive) {
-    const std::vector<int32_t> order =
+    std::vector<int32_t> order =
         counts_elements && !is_pair ? row_major_order(shape) : memory_order(shape);
+    const auto first = std::find(order.begin(), order.end(), 0);
+    if (next.slice != 0 && first != order.end()) std::rotate(order.begin(), first, first + 1);
     auto layout = std::make_shared<Layout>();
     layout->sizes = ordered_sizes(shape, order);
     bool strided = false;

@@ -26,10 +26,12 @@ void Roster::enlist(const py::sequence& param_groups) {
   static PyObject* const kParams = interned("params");
   static PyObject* const kRounding = interned("weight_rounding");
   static PyObject* const kOuterMomentum = interned("outer_momentum");
+  static PyObject* const kCentralize = interned("centralize");
   const py::object groups = as_tuple(param_groups.ptr());
   group_count_ = static_cast<int32_t>(PyTuple_GET_SIZE(groups.ptr()));
   weight_roundings_.assign(group_count_, std::string());
   have_outer_momentum_.assign(group_count_, false);
+  centralized_dims_.assign(group_count_, 0);
   bool same = true;
   size_t at = 0;
   for (int32_t group = 0; group < group_count_; ++group) {
@@ -47,13 +49,18 @@ void Roster::enlist(const py::sequence& param_groups) {
       if (has < 0) throw py::error_already_set();
       have_outer_momentum_[group] = has != 0;
     }
+    PyObject* const centralize = PyDict_GetItemWithError(options, kCentralize);
+    if (centralize != nullptr && PyUnicode_Check(centralize)) {
+      const bool all = PyUnicode_CompareWithASCIIString(centralize, "all") == 0;
+      centralized_dims_[group] = all ? 2 : 4;  // "conv": of the weights of convolutions
+    }
     const py::object params = as_array(named, "a group's params must be a list");
     for (int32_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++at) {
       PyObject* const param = held_.keep(PySequence_Fast_GET_ITEM(params.ptr(), i));
-      if (at == members_.size()) members_.push_back({nullptr, 0, false, {}, 0});
+      if (at == members_.size()) members_.push_back({nullptr, 0, false, {}, 0, true});
       Member& member = members_[at];
       if (member.param == param && member.group == group) continue;
-      member = {param, group, false, {}, 0};
+      member = {param, group, false, {}, 0, true};
       same = false;
     }
   }

@@ -48,13 +48,13 @@ Roster::Use::Use(Roster& roster) : roster_(roster) {
 // --- a step ------------------------------------------------------------------------------------
 
 Roster::Roster(const py::capsule& exchange_api, const py::sequence& streams, py::str step_name,
-               py::object dtensor, py::object plain, py::object plain_grad, py::object first_of,
+               py::object dtensor, py::object plain, py::object plain_grad, py::object shard_of,
                int32_t first_place)
     : exchange_(exchange_api),
       dtensor_(std::move(dtensor)),
       plain_(std::move(plain)),
       plain_grad_(std::move(plain_grad)),
-      first_of_(std::move(first_of)),
+      shard_of_(std::move(shard_of)),
       first_place_(first_place),
       prefetch_(exchange_) {
   if (!PyType_Check(dtensor_.ptr()) ||

@@ -45,12 +45,13 @@ class Roster {
   // "outer_momentum" is not 0, and does not count in others. `step_name`: that of the step count, a
   // float32 scalar beside its parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`,
   // a tensor's own memory as a real tensor; `plain_grad(param)`, likewise its gradient, where the
-  // kernels cannot read it as it is; `first_of(dtensor)`, where in the whole its shard's elements
-  // begin. None may hold the roster: Python's garbage collector does not see into it.
-  // `first_place`: of the first parameter of the groups, where these are not all of an optimizer's.
+  // kernels cannot read it as it is; `shard_of(dtensor)`, where in the whole its shard's elements
+  // begin, and whether it has whole slices of its first dimension. None may hold the roster:
+  // Python's garbage collector does not see into it. `first_place`: of the first parameter of the
+  // groups, where these are not all of an optimizer's.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
-         pybind11::object plain_grad, pybind11::object first_of, int32_t first_place);
+         pybind11::object plain_grad, pybind11::object shard_of, int32_t first_place);
 
   // From now on tensors of the dtype and on the device of `tensor`, in groups of that
   // "weight_rounding" (empty: in any), are moved by that launcher, if they and their state are
@@ -120,8 +121,9 @@ class Roster {
     PyObject* param;  // compared from step to step; followed only in the step it was found in
     int32_t group;
     bool again;             // a group names it twice; it moves once
-    pybind11::object spec;  // of a DTensor, and where its elements begin
+    pybind11::object spec;  // of a DTensor, and what shard_of() said of it
     int64_t first;
+    bool has_whole_slices;
   };
   struct StateEntry {
     PyObject* key;     // only ever compared
@@ -166,7 +168,9 @@ class Roster {
   Outcome enter(const Mover& mover, const Described& found, bool is_pair);
   const Kind* kind_of(const Mover& mover, const Described& found, bool is_pair) const;
   bool has_state(const Mover& mover, const Described& found, const FormatInfo& format) const;
-  int64_t first_of(const Mover& mover);
+  const Member& shard_of(const Mover& mover);
+  int64_t slice_of(const Mover& mover, const Shape& shape) const;
+  bool has_slices(const Mover& mover);
   void settle_shared_memory(pybind11::list& rest);
 
   TensorExchange exchange_;
@@ -174,7 +178,7 @@ class Roster {
   pybind11::object dtensor_;
   pybind11::object plain_;
   pybind11::object plain_grad_;
-  pybind11::object first_of_;
+  pybind11::object shard_of_;
   const int32_t first_place_;
   const Prefetcher prefetch_;
   std::vector<Kind> kinds_;
@@ -184,6 +188,8 @@ class Roster {
   std::vector<StateEntry> state_entries_;
   std::vector<std::string> weight_roundings_;  // of each group; empty: it has none
   std::vector<bool> have_outer_momentum_;      // likewise
+  // Of how many dimensions at least gradients are centralized; 0: of none.
+  std::vector<int32_t> centralized_dims_;
   int32_t group_count_ = 0;
   Rows rows_;
   WrittenMemory written_;

@@ -1,5 +1,5 @@
-// The update rule, once, for every kernel: RAdam, then Lookahead, with or without momentum, then
-// bounds.
+// The update rule, once, for every kernel: gradients are centralized, if at all; RAdam; Lookahead,
+// with or without momentum; bounds.
 //
 // Only + - * / and the square root, each correctly rounded and in this order. Compile without
 // contraction (-ffp-contract=off, nvcc -fmad=false): a fused multiply-add rounds once where the
@@ -19,6 +19,21 @@ struct Element {
   T v;            // exp_avg_sq
   T root = T(0);  // of the new v
 };
+
+// The sum of a slice is that of so many lanes: element i is added to lane i % kLanes, in order and
+// from zero; then the upper half of the lanes to the lower, until one is left. Whoever has whole
+// lanes has the same bits, however many threads these are.
+constexpr int kLanes = 128;
+
+// Gradient centralization (arXiv:2004.01461, equation (1)).
+template <typename T>
+RANGER_HOST_DEVICE T mean(T sum, int64_t slice) {
+  return sum / static_cast<T>(slice);
+}
+template <typename T>
+RANGER_HOST_DEVICE T centralized(T g, T mean) {
+  return g - mean;
+}
 
 // RAdam (arXiv:1908.03265, Algorithm 2). `l2` and `rectified` are the same for a whole tensor.
 template <typename T>

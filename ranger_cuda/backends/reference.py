@@ -24,6 +24,8 @@ from .schedule import Coefficients, coefficients
 
 # Elements at a time, a multiple of GROUP: memory for their values is all that a step needs.
 PIECE = 8192 * GROUP
+# Of the sum of a slice: csrc/rule/radam_lookahead.h.
+LANES = 128
 
 
 class Row(NamedTuple):
@@ -36,6 +38,7 @@ class Row(NamedTuple):
     format: Format
     place: int = 0  # counted through the groups
     first: int = 0  # of its elements, in the whole parameter that it is a shard of
+    centralized: bool = False  # whether its gradient is, before the step
 
     def tensors(self) -> list[Tensor]:
         """All memory that a step of this parameter reads or writes."""
@@ -99,6 +102,8 @@ def radam_step(
         t = int(row.state["step"]) + 1
         format = row.format
         dtype = format.value
+        if row.centralized and row.grad is not None and row.grad.numel():
+            row = row._replace(grad=centralized(row.grad.to(dtype), plain(row.param), format))
         key = (row.group, t, dtype)
         if key not in memo:
             memo[key] = coefficients(hypers[row.group], t, grad_scales[row.group], dtype)
@@ -120,6 +125,28 @@ def radam_step(
             format.exp_avg.encode(m, piece["exp_avg"], piece, bits.exp_avg)
             format.exp_avg_sq.encode(v, piece["exp_avg_sq"], piece, bits.exp_avg_sq)
         row.state["step"].fill_(t)
+
+
+def centralized(grad: Tensor, param: Tensor, format: Format) -> Tensor:
+    """Gradient centralization (Yong et al., arXiv:2004.01461, equation (1)): the gradient less the
+    mean of its slice along the first dimension.
+
+    A slice's elements are taken in the order of the parameter's memory (row-major, where the format
+    counts elements), LANES at a time, the rest of the last time being 0; then the upper half of the
+    lanes is added to the lower, until one is left.
+    """
+    dims = list(range(1, grad.dim()))
+    if not format.counts_elements:
+        dims.sort(key=param.stride, reverse=True)
+    slices = grad.permute(0, *dims).reshape(len(grad), -1)
+    sums = slices.new_zeros(len(slices), LANES)
+    for elements in slices.split(LANES, dim=1):
+        sums[:, : elements.shape[1]] += elements
+    while sums.shape[1] > 1:
+        lower, upper = sums.chunk(2, dim=1)
+        sums = lower + upper
+    mean = sums / sums.new_tensor(float(slices.shape[1]))
+    return grad - mean.view(-1, *[1] * len(dims))
 
 
 def radam(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .triton_centralize import centralize_kernel
 from .triton_codecs import (
     MOMENTS_FACTOR,
     PARAM_FACTOR,
@@ -68,6 +69,7 @@ __all__ = [
     "ROW_WORDS",
     "SCALAR_WORDS",
     "SIGNAL_WORDS",
+    "centralize_kernel",
     "radam_kernel",
     "schedule_kernel",
     "slow_kernel",

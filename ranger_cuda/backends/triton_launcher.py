@@ -62,11 +62,17 @@ class TritonLauncher:
         assert self._tables is not None
         self._tables.reserve(capturing=capturing)
 
-    def launch(self, roster: Any, numbers: bytes, signals: Signals) -> None:
+    @property
+    def scratch_size(self) -> int:
+        """How many bytes of the device gradients take that are centralized."""
+        return 0 if self._tables is None else self._tables.scratch_size
+
+    def launch(self, roster: Any, numbers: bytes, signals: Signals, scratch: Tensor | None) -> None:
         """Count a step for the rows that move, and run the rule on them.
 
         Args:
             numbers: the hyperparameters of all groups, packed.
+            scratch: memory of ``scratch_size`` bytes; None: there are none.
         """
         tables = self._tables
         assert tables is not None
@@ -74,7 +80,7 @@ class TritonLauncher:
         words = signal_words(signals) + group_words(numbers, signals.lr)
         with on_device(self._device):
             tables.keep(self._captured)
-            tables.launch(words)
+            tables.launch(words, scratch)
 
     def squares(self, roster: Any, places: Sequence[int], total: Tensor) -> None:
         """Write to ``total`` the sum of the squares of the gradients of the rows that move.

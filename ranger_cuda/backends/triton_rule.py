@@ -60,6 +60,18 @@ def product(a, b):
 
 
 @triton.jit
+def mean(sum, length):
+    """Of a slice of gradients; which sum it is, ``csrc/rule/radam_lookahead.h`` says."""
+    return divide(sum, length)
+
+
+@triton.jit
+def centralized(g, mean):
+    """Gradient centralization (arXiv:2004.01461, equation (1))."""
+    return g - mean
+
+
+@triton.jit
 def radam(p, g, m, v, c, l2, rectified):
     """RAdam (arXiv:1908.03265, Algorithm 2): the parameter and its moments after a step."""
     g = product(c.grad_scale, g)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..state import formats
+from .reference import LANES
 
 if TYPE_CHECKING:
     from .scaling import Signals
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
 BLOCK = {torch.float32: 1024, torch.float64: 512}
+GRAD, ALIGNMENT = 1, 16
 SCHEDULE_BLOCK = 128
 FORMATS = {format.name: format for format in formats.FORMATS}
 NUM_WARPS = 4
@@ -53,12 +55,26 @@ class TensorRow(NamedTuple):
     group: int
     step: int  # address of its count
     first: int  # of its elements, in the whole parameter that it is a shard of
+    slice: int  # elements that share a mean their gradients are centralized by; 0: none
     place: int  # counted through the groups
     sizes: list[int]  # empty where all streams are consecutive, as their strides
     # Addresses of parameter, gradient, exp_avg, exp_avg_sq and slow_param, then of what is stored
     # beside each; 0: none.
     data: list[int]
     strides: list[list[int]]  # of the same; empty: its elements are consecutive
+
+    @property
+    def slices(self) -> int:
+        """How many slices of gradients are centralized."""
+        return self.numel // self.slice if self.slice else 0
+
+    def centralized(self) -> TensorRow:
+        """What the step reads where gradients are centralized: values side by side."""
+        if not self.slice:
+            return self
+        strides = [[] if i == GRAD else its for i, its in enumerate(self.strides)]
+        dtype = formats.GRAD_DTYPES.index(FORMATS[self.format].value)
+        return self._replace(grad_dtype=dtype, strides=strides)
 
 
 def consecutive(sizes: Sequence[int]) -> list[int]:
@@ -76,6 +92,8 @@ class Launch(NamedTuple):
     strided: bool
     first_chunk: int
     chunks: int
+    first_slice: int
+    slices: int
 
 
 class Tables(NamedTuple):
@@ -107,49 +125,71 @@ class DeviceTables:
         self._places = np.array([row.place for row in rows], dtype=np.intp)
         kinds = [kind_of[i] for i in order]
         ordered = [rows[i] for i in order]
-        words: list[int] = []
-        places = []
-        for row, (_, strided) in zip(ordered, kinds, strict=True):
-            places.append(len(words) if strided else -1)
-            if strided:
-                words += layout_words(row)
-        self.layouts = self._to_device(np.array(words or [0], dtype=np.int64))
-        kernels = load_kernels()
-        records = np.zeros((len(rows), kernels.ROW_WORDS.value), dtype=np.int64)
-        for record, row, place in zip(records, ordered, places, strict=True):
-            is_float64 = FORMATS[row.format].value == torch.float64
-            record[:] = [
-                *(word(address) for address in row.data),
-                row.numel,
-                word(row.step),
-                0 if place < 0 else word(self.layouts.data_ptr() + 8 * place),
-                row.first,
-                row.group | is_float64 << 32 | row.grad_dtype << 48,
-                row.place,
-            ]
+        slices = [row.slices for row in ordered]
+        sizes = [row.numel * FORMATS[row.format].value.itemsize for row in ordered]
+        rounded = [
+            -(-n // ALIGNMENT) * ALIGNMENT if m else 0 for n, m in zip(sizes, slices, strict=True)
+        ]
+        ends = np.cumsum([0, *rounded])
+        self._scratch_of = np.where(slices, ends[:-1], -1)  # bytes from the first; -1: none
+        self.scratch_size = int(ends[-1])
+        self._slices = self._to_device(parts_of(slices))
+        records, self.layouts = self._records(ordered, kinds)
+        self._before, self._layouts_before = records, self.layouts  # the step
+        if self.scratch_size:
+            in_step = [row.centralized() for row in ordered]
+            records, self.layouts = self._records(in_step, kinds)
         self._has_slow = any(row.data[4] for row in ordered)
         chunks = [-(-row.numel // CHUNK) for row in ordered]
-        table = np.zeros((sum(chunks), 2), dtype=np.int32)
-        table[:, 0] = np.repeat(np.arange(len(rows)), chunks)
-        firsts = np.concatenate([[0], np.cumsum(chunks)])
-        table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
+        table = parts_of(chunks)
+        kernels = load_kernels()
         input_words = kernels.SIGNAL_WORDS.value + groups * kernels.GROUP_WORDS.value
         inputs = np.zeros(len(rows) + input_words, dtype=np.int64)
         scalars = np.zeros((len(rows), kernels.SCALAR_WORDS.value), dtype=np.int64)
-        arrays = (records, scalars, table, inputs)
-        self._tables = Tables(*(self._to_device(array) for array in arrays))
+        arrays = (scalars, table, inputs)
+        self._tables = Tables(records, *(self._to_device(array) for array in arrays))
         self._squares = self._to_device(np.zeros(len(table)))  # of each chunk's gradients
         self.launches = []
         for kind in dict.fromkeys(kinds):
             first = kinds.index(kind)
-            begin, end = int(firsts[first]), int(firsts[first + kinds.count(kind)])
-            if end > begin:
-                self.launches.append(Launch(FORMATS[kind[0]], kind[1], begin, end - begin))
+            its = slice(first, first + kinds.count(kind))
+            parts = (sum(chunks[:first]), sum(chunks[its]), sum(slices[:first]), sum(slices[its]))
+            if parts[1]:
+                self.launches.append(Launch(FORMATS[kind[0]], kind[1], *parts))
         self.gradients = np.zeros(len(rows), dtype=np.int64)  # addresses, in the order of ``rows``
         self._last_inputs = inputs
         self._host: Tensor | None = None
         self._capturing = False
         self._try_out(tried)
+
+    def _records(
+        self, rows: Sequence[TensorRow], kinds: Sequence[tuple[str, bool]]
+    ) -> tuple[Tensor, Tensor]:
+        """The rows' records, and the layouts that they refer to, on the device."""
+        words: list[int] = []
+        places = []
+        for row, (_, strided) in zip(rows, kinds, strict=True):
+            places.append(len(words) if strided else -1)
+            if strided:
+                words += layout_words(row)
+        layouts = self._to_device(np.array(words or [0], dtype=np.int64))
+        records = np.zeros((len(rows), load_kernels().ROW_WORDS.value), dtype=np.int64)
+        for record, row, place, scratch in zip(
+            records, rows, places, self._scratch_of, strict=True
+        ):
+            is_float64 = FORMATS[row.format].value == torch.float64
+            record[:] = [
+                *(word(address) for address in row.data),
+                row.numel,
+                word(row.step),
+                0 if place < 0 else word(layouts.data_ptr() + 8 * place),
+                row.first,
+                row.slice,
+                scratch,
+                row.group | is_float64 << 32 | row.grad_dtype << 48,
+                row.place,
+            ]
+        return self._to_device(records), layouts
 
     def _try_out(self, tried: set[Any]) -> None:
         """Compile and load all kernels, torch's too, over tables of zeros, in which nothing moves.
@@ -167,11 +207,19 @@ class DeviceTables:
             for launch in self.launches:
                 kind = (self.device, launch.format.name, launch.strided, self._has_slow)
                 if kind not in tried:
-                    one = launch._replace(first_chunk=0, chunks=1)
+                    one = launch._replace(first_chunk=0, chunks=1, first_slice=0, slices=1)
                     self._run_rule(one, nothing)
                     if self._has_slow and is_swapped(launch.format):
                         self._slow(one, nothing, swap=True)
                     tried.add(kind)
+                self._try_centralization(launch, zeros, tried)
+
+    def _try_centralization(self, launch: Launch, zeros: Tensor, tried: set[Any]) -> None:
+        kind = (self.device, "centralize", launch.format.value, launch.strided)
+        if launch.slices and kind not in tried:
+            one = launch._replace(first_slice=0, slices=1)
+            self._centralize(one, zeros, zeros, zeros.view(torch.int32), 0)
+            tried.add(kind)
 
     def reserve(self, *, capturing: bool) -> None:
         """Get ready for a launch: the host's memory for its inputs, so that it allocates none.
@@ -187,13 +235,23 @@ class DeviceTables:
             else torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
         )
 
-    def launch(self, words: Sequence[int]) -> None:
+    def launch(self, words: Sequence[int], scratch: Tensor | None) -> None:
         """Count a step of what moves, and run the rule on it. Nothing waits for the device.
 
         Args:
             words: the schedule kernel's inputs besides the addresses in ``gradients``.
+            scratch: memory of ``scratch_size`` bytes, for gradients that are centralized.
         """
-        tables = self._tables._replace(inputs=self._upload(words))
+        gradients = self.gradients[self._order]
+        if scratch is not None:
+            addresses = self._addresses(gradients)
+            at = scratch.data_ptr()
+            for launch in self.launches:
+                if launch.slices:
+                    self._centralize(launch, self._before, addresses, self._slices, at)
+            moved = (self._scratch_of >= 0) & (gradients != 0)
+            gradients = np.where(moved, self._scratch_of + word(at), gradients)
+        tables = self._tables._replace(inputs=self._upload(gradients, words))
         self._count_steps(tables, len(self._order))
         for launch in self.launches:
             self._run_rule(launch, tables)
@@ -207,18 +265,12 @@ class DeviceTables:
         gradients = self.gradients
         if places:
             gradients = np.where(np.isin(self._places, places), gradients, 0)
-        words = gradients[self._order]
-        if self._capturing:
-            addresses = write_words(words.tolist(), self.device)
-        else:
-            host = torch.from_numpy(words)
-            host = host if self.device.type == "cpu" else host.pin_memory()
-            addresses = host.to(self.device, non_blocking=True)
+        addresses = self._addresses(gradients[self._order])
         kernels = load_kernels()
         shared = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
         for launch in self.launches:
             kernels.squares_kernel[(launch.chunks,)](
-                self._tables.records,
+                self._before,
                 addresses,
                 self._tables.chunks,
                 launch.first_chunk,
@@ -230,6 +282,31 @@ class DeviceTables:
                 **shared,
             )
         kernels.total_kernel[(1,)](self._squares, len(self._squares), total, BLOCK=1024, **shared)
+
+    def _addresses(self, gradients: np.ndarray) -> Tensor:
+        """Of gradients, on the device, for a kernel that comes before the step."""
+        if self._capturing:
+            return write_words(gradients.tolist(), self.device)
+        host = torch.from_numpy(gradients)
+        host = host if self.device.type == "cpu" else host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _centralize(
+        self, launch: Launch, records: Tensor, addresses: Tensor, slices: Tensor, scratch: int
+    ) -> None:
+        kernels = load_kernels()
+        kernels.centralize_kernel[(launch.slices,)](
+            records,
+            addresses,
+            slices,
+            launch.first_slice,
+            scratch,
+            T=triton_dtype(kernels, launch.format.value),
+            STRIDED=launch.strided,
+            LANES=LANES,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
 
     def swap(self, launch: Launch) -> None:
         """The parameters of a launch and their slow weights change places."""
@@ -243,16 +320,17 @@ class DeviceTables:
             return
         stream = self._current_stream()
         if stream != self._stream:  # on which it was made, and which it goes back to
-            for table in (*self._tables, self._squares, self.layouts):
+            tables = (*self._tables, self._squares, self._slices, self._before)
+            for table in (*tables, self.layouts, self._layouts_before):
                 table.record_stream(stream)
 
-    def _upload(self, words: Sequence[int]) -> Tensor:
+    def _upload(self, gradients: np.ndarray, words: Sequence[int]) -> Tensor:
         """The gradients' addresses, and these words, on the device.
 
         In a capture they travel as arguments of launches, so that every replay has its own.
         """
         host, self._host = self._host, None
-        inputs = np.concatenate([self.gradients[self._order], np.array(words, dtype=np.int64)])
+        inputs = np.concatenate([gradients, np.array(words, dtype=np.int64)])
         if host is None:
             return write_words(inputs.tolist(), self.device)
         if not np.array_equal(self._last_inputs, inputs):
@@ -297,6 +375,15 @@ class DeviceTables:
         if self.device.type == "cpu":
             return None  # Triton's interpreter
         return torch.get_device_module(self.device).current_stream(self.device)
+
+
+def parts_of(counts: Sequence[int]) -> np.ndarray:
+    """For each part of a row, the row and which of its parts it is."""
+    table = np.zeros((sum(counts), 2), dtype=np.int32)
+    table[:, 0] = np.repeat(np.arange(len(counts)), counts)
+    firsts = np.cumsum([0, *counts])
+    table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
+    return table
 
 
 def write_words(words: list[int], device: torch.device) -> Tensor:

@@ -9,8 +9,8 @@ import triton.language as tl
 # arithmetic is float64 and the gradient's dtype; PLACE the parameter's place in its lower half.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, SLOW_PARAM = (tl.constexpr(i) for i in range(5))
 OUTER_MOMENTUM_BUFFER, REST_OF = tl.constexpr(5), tl.constexpr(6)
-NUMEL, STEP, LAYOUT, FIRST, GROUP, PLACE = (tl.constexpr(i) for i in range(12, 18))
-ROW_WORDS, LOWER_HALF = tl.constexpr(18), tl.constexpr(0xFFFFFFFF)
+NUMEL, STEP, LAYOUT, FIRST, SLICE, SCRATCH, GROUP, PLACE = (tl.constexpr(i) for i in range(12, 20))
+ROW_WORDS, LOWER_HALF = tl.constexpr(20), tl.constexpr(0xFFFFFFFF)
 
 # A tensor's scalars, in words (RowScalars): flags, the address of its gradient, then the
 # coefficients, as float64, or as float32 in half of their words; then the keys of random bits.

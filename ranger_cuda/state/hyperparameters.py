@@ -49,6 +49,9 @@ LOOKAHEAD = {
     "outer_nesterov": "outer_nesterov",
 }
 
+# Of how many dimensions at least a parameter is whose gradient a group's `centralize` means.
+CENTRALIZED_DIMS = {None: math.inf, "conv": 4, "all": 2}
+
 _PACKED = struct.Struct("=10dqd4q")
 
 
@@ -175,6 +178,7 @@ def check(group: Mapping[str, Any], *, lookahead: bool) -> Hyperparameters:
             "where the rectification term becomes real (the paper's value; torch uses 5)"
         )
     check_choice("weight_rounding", group["weight_rounding"], formats.WEIGHT_ROUNDINGS)
+    check_choice("centralize", group["centralize"], tuple(CENTRALIZED_DIMS))
     if not -(2**63) <= hyper.seed < 2**63:
         raise ValueError(f"Invalid seed value: {hyper.seed}; it must fit a signed 64-bit integer")
     return hyper

@@ -53,25 +53,26 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def first_of(param: Tensor) -> int:
-    """Where in the whole parameter this rank's elements begin, counted in row-major order.
+def shard_of(param: Tensor) -> tuple[int, bool]:
+    """Where in the whole parameter this rank's elements begin, counted in row-major order, and
+    whether they are whole slices along the first dimension.
 
-    0 where they do not lie side by side there: a DTensor sharded along another dimension than its
-    first.
+    The first is 0 where they do not lie side by side there: a DTensor sharded along another
+    dimension than its first.
     """
     if not isinstance(param, DTensor):
-        return 0
-    along_rows = all(
+        return 0, True
+    whole_slices = all(
         placement.is_replicate()
         or (isinstance(placement, Shard) and placement.dim % param.dim() == 0)
         for placement in param.placements
     )
-    if not along_rows or not param.dim():
-        return 0
+    if not whole_slices or not param.dim():
+        return 0, whole_slices
     _, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
-    return offset[0] * param.shape[1:].numel()
+    return offset[0] * param.shape[1:].numel(), not param.is_complex()
 
 
 def is_fsdp1_s(param: Tensor) -> bool:

@@ -123,7 +123,7 @@ class Dispatcher:
         self._step: PythonStep | None = None
         self._rows: list[Row] = []
         if self._native is not None:
-            self._native.roster.release()
+            self._native.release()
 
     # --- a step ---------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Dispatcher:
         """
         try:
             native = self._native
-            if native is not None and native.is_one() and not self._to_make_anew():
+            if native is not None and native.is_one(param_groups) and not self._to_make_anew():
                 if native.on_host():
                     check_no_capture()
                 inputs = StepInputs.of(hypers, scaling, on_host=native.on_host())

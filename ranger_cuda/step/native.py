@@ -16,7 +16,7 @@ from ..backends.scaling import Scaling, Signals
 from ..backends.triton_launcher import TritonLauncher
 from ..state.formats import Format
 from ..state.hyperparameters import Hyperparameters, packed
-from ..state.tensors import DTensor, first_of, is_capturing, local, plain, plain_grad
+from ..state.tensors import DTensor, is_capturing, local, plain, plain_grad, shard_of
 
 Groups = Sequence[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
@@ -92,6 +92,7 @@ class Native:
         self._captured = captured
         self._tried = tried
         self.launchers: list[Launcher] = []
+        self._scratch: dict[int, Tensor] = {}  # of launchers, for the step under way
         self._kinds: set[tuple[torch.device, str, str]] = set()
         self.roster = extension.Roster(
             Tensor.__dlpack_c_exchange_api__,
@@ -100,7 +101,7 @@ class Native:
             DTensor,
             plain,
             plain_grad,
-            first_of,
+            shard_of,
             first_place,
         )
 
@@ -145,9 +146,15 @@ class Native:
         """Whether any launcher is the CPU's."""
         return any(launcher.backend == "cpu" for launcher in self.launchers)
 
-    def is_one(self) -> bool:
-        """Whether :meth:`step` may do: there is one launcher, and it is compiled."""
-        return len(self.launchers) == 1 and self.launchers[0].backend != "triton"
+    def is_one(self, param_groups: Groups) -> bool:
+        """Whether :meth:`step` may do: there is one launcher, it is compiled, and needs no scratch
+        memory."""
+        if len(self.launchers) != 1:
+            return False
+        backend = self.launchers[0].backend
+        return backend == "cpu" or (
+            backend == "cuda" and not any(group.get("centralize") for group in param_groups)
+        )
 
     def step(
         self, param_groups: Groups, state: State, moved: list[bool] | None, inputs: StepInputs
@@ -169,14 +176,25 @@ class Native:
 
     def prepare(self) -> None:
         """Get ready for a launch of what the roster has collected. May fail; changes nothing."""
-        for launcher in self.launchers:
+        for index, launcher in enumerate(self.launchers):
             try:
-                launcher.kernels.prepare(self.roster)
+                self._prepare(index, launcher)
             except torch.OutOfMemoryError:
                 if is_capturing():
                     raise
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
-                launcher.kernels.prepare(self.roster)
+                self._prepare(index, launcher)
+
+    def _prepare(self, index: int, launcher: Launcher) -> None:
+        launcher.kernels.prepare(self.roster)
+        size = 0 if launcher.backend == "cpu" else launcher.kernels.scratch_size
+        if size:
+            self._scratch[index] = torch.empty(size, dtype=torch.uint8, device=launcher.device)
+
+    def release(self) -> None:
+        """Let go of what was collected and prepared."""
+        self._scratch.clear()
+        self.roster.release()
 
     def squares(self, places: Collection[int] | None) -> list[Tensor]:
         """As :meth:`Dispatcher.squares`, of these rows: one of each launcher."""
@@ -196,14 +214,14 @@ class Native:
         moved = self.roster.moved()
         numbers = packed(inputs.numbers)
         # The host's last, which works while the devices do.
-        in_turn = sorted(self.launchers, key=lambda launcher: launcher.backend == "cpu")
-        for backend, device, kernels in in_turn:
+        in_turn = sorted(enumerate(self.launchers), key=lambda each: each[1].backend == "cpu")
+        for index, (backend, device, kernels) in in_turn:
             if backend == "cpu":
                 threads = torch.get_num_threads()
                 kernels.launch(self.roster, numbers, inputs.unscale, inputs.norm, threads)
             else:
                 signals = Signals.of(inputs.hypers, inputs.scaling, device)
-                kernels.launch(self.roster, numbers, signals)
+                kernels.launch(self.roster, numbers, signals, self._scratch.get(index))
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)
 

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from ..backends import support
 from ..backends.reference import Row
+from ..state.hyperparameters import CENTRALIZED_DIMS
 from ..state.new_state import without_slow_weight
 from ..state.tensors import (
     check_allocated,
     check_state,
-    first_of,
     is_capturing,
     is_count,
+    is_fsdp1_s,
     local,
     on_accelerator,
     plain_grad,
+    shard_of,
 )
 from .algorithms import Algorithm, Member, is_at_rest, members
 from .native import Groups, State
@@ -79,6 +81,7 @@ class PythonStep:
         backend = self.backends[position] = support.choose(requested, where, name)
         if self.moved is None:
             self.gradients[position] = plain_grad(param, name)
+            self._check_slices(member)
         step_device = torch.device("cpu") if backend in ON_HOST else where.device
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
@@ -109,6 +112,28 @@ class PythonStep:
         if "slow_param" in missing and is_at_rest(self.param_groups[group]):
             self.at_rest.add(param)
 
+    def _check_slices(self, member: Member) -> None:
+        param, group, name = member
+        centralize = self.param_groups[group].get("centralize")
+        if centralize is None:
+            return
+        if param.is_complex():
+            why = "it is complex"
+        elif is_fsdp1_s(param):
+            why = "FullyShardedDataParallel keeps it flat; fully_shard keeps slices whole"
+        elif self._is_centralized(param, group) and not shard_of(param)[1]:
+            why = "its shards cut the slices along its first dimension"
+        else:
+            return
+        raise RuntimeError(
+            f"centralize={centralize!r} does not go with {name}: {why}. Put it into a group with "
+            "centralize=None"
+        )
+
+    def _is_centralized(self, param: Tensor, group: int) -> bool:
+        dims = CENTRALIZED_DIMS[self.param_groups[group].get("centralize")]
+        return self.moved is None and param.dim() >= dims
+
     def row(self, position: int, member: Member) -> Row:
         """A parameter that the reference moves."""
         param, group, name = member
@@ -118,7 +143,16 @@ class PythonStep:
         format = self.algorithm.format_for(param, self.param_groups[group], state)
         grad = self.gradients.get(position)
         place = self.first_place + position
-        return Row(param, grad, state, group, format, place, first_of(param))
+        return Row(
+            param,
+            grad,
+            state,
+            group,
+            format,
+            place,
+            shard_of(param)[0],
+            self._is_centralized(param, group),
+        )
 
     def commit(self) -> None:
         """Give parameters the state that was made for them."""

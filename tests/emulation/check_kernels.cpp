@@ -37,7 +37,8 @@ class Check {
       for (cuda::Launcher& launcher : alone ? alone_ : fused_) {
         const Devices devices(step_);
         launcher.prepare(all_);
-        launcher.launch(all_, hypers_, signals_, nullptr);
+        const Buffer scratch(0, launcher.scratch_size());
+        launcher.launch(all_, hypers_, signals_, scratch.data(), nullptr);
         const std::string found = devices.difference(launcher.device());
         if (!found.empty()) return found;
       }
@@ -105,6 +106,10 @@ class Check {
     row.numel = 1;
     for (int64_t size : layout.sizes) row.numel *= size;
     const bool has_slow = hypers_[row.group].k > 0 && !random_.one_in(6);
+    const int64_t slices = strided ? layout.sizes[0] : 1 + random_.below(5);
+    if (random_.one_in(3) && row.numel > 0 && row.numel % slices == 0) {
+      row.slice = row.numel / slices;
+    }
 
     Parameter parameter;
     // All streams on a boundary, all beside it alike, one of them otherwise, or each as it comes.
@@ -277,13 +282,24 @@ class Check {
         return Plain<Stored>::template decode<T>(value);
       });
     };
+    const int64_t slice = rows_[i].slice;
+    T mean = T(0);
     for (int64_t index = 0; index < rows_[i].numel; ++index) {
       T& p = element(kParam, index);
       if (!alone) {
+        if (slice != 0 && index % slice == 0) {
+          T lanes[kLanes] = {};
+          for (int64_t j = 0; j < slice; ++j) lanes[j % kLanes] += gradient(index + j);
+          for (int left = kLanes / 2; left > 0; left /= 2) {
+            for (int lane = 0; lane < left; ++lane) lanes[lane] += lanes[left + lane];
+          }
+          mean = ranger::mean(lanes[0], slice);
+        }
+        const T g = slice != 0 ? ranger::centralized(gradient(index), mean) : gradient(index);
         T& m = element(kExpAvg, index);
         T& v = element(kExpAvgSq, index);
-        const Element<T> x = ranger::radam(Element<T>{p, m, v}, gradient(index), c,
-                                           c.weight_decay != T(0), now.rectified);
+        const Element<T> x = ranger::radam(Element<T>{p, m, v}, g, c, c.weight_decay != T(0),
+                                           now.rectified);
         p = x.p;
         m = x.m;
         v = x.v;
@@ -325,7 +341,8 @@ class Check {
                after + ", row " + std::to_string(i) + " (launcher " + std::to_string(row.launcher) +
                ", " + info_of(row.format).name + ", gradient " + info_of(row.grad_dtype).name +
                ", " + std::to_string(row.numel) + " elements" +
-               (cuda::is_strided(row) ? ", strided" : "") + "), " + stream + ": ";
+               (cuda::is_strided(row) ? ", strided" : "") +
+               (row.slice != 0 ? ", slices of " + std::to_string(row.slice) : "") + "), " + stream + ": ";
       };
       for (int stream = 0; stream < kStreams; ++stream) {
         const std::string found = parameters_[i].streams[stream].difference();

@@ -159,6 +159,8 @@ def hyperparameters_change(side: Side, draw: Draw) -> None:
         values["lookahead_k"] = [1, 2, 3, 6]
         values["lookahead_alpha"] = [0, 0.3, 0.5, 1]
     group = draw.choice(side.optimizer.param_groups)
+    if side.variant.is_ours and not any(param.is_complex() for param in group["params"]):
+        values["centralize"] = [None, "conv", "all"]
     for name in draw.sample(list(values), draw.randrange(1, 4)):
         group[name] = draw.choice(values[name])
 
