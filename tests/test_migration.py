@@ -155,6 +155,10 @@ AGREEING = {
         pytorch_optimizer("Ranger", use_gc=False, weight_decay=0.1, k=4, alpha=0.3),
         Ranger,
     ),
+    "pytorch-optimizer Ranger, centralizing": lambda: (
+        pytorch_optimizer("Ranger", weight_decay=0.1),
+        lambda p: Ranger(p, centralize="all"),
+    ),
     "pytorch-optimizer Ranger, coupled": lambda: (
         pytorch_optimizer("Ranger", use_gc=False, weight_decay=0.1, weight_decouple=False),
         Ranger,

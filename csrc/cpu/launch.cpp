@@ -184,11 +184,11 @@ const Coefficients<T>& of(const StepScalars& scalars) {
 }
 
 template <typename T>
-double mean_of_slice(const TensorRow& row, int64_t index) {
+T mean_of_slice(const TensorRow& row, int64_t slice) {
   T sums[kLanes] = {};
   for (int64_t done = 0; done < row.slice; done += kPieceSize) {
     const int64_t count = std::min(kPieceSize, row.slice - done);
-    const Chunk piece = {0, static_cast<int32_t>(count), index * row.slice + done};
+    const Chunk piece = {0, slice * row.slice + done, count};
     kernels_of<T>().add_to_lanes(Values<T>(row, piece, kGrad).data(), count, sums);
   }
   for (int left = kLanes / 2; left > 0; left /= 2) {
@@ -197,32 +197,50 @@ double mean_of_slice(const TensorRow& row, int64_t index) {
   return mean(sums[0], row.slice);
 }
 
-// In a thread's room; the gradients themselves are not written.
+// The means of a chunk's slices.
 template <typename T>
-const T* centralized_gradients(const TensorRow& row, const Chunk& chunk, const T* g,
-                               const double* means) {
-  T* const out = static_cast<T*>(scratch(kTensors + kGrad));
-  for (int64_t i = 0; i < chunk.count;) {
-    const int64_t slice = (chunk.begin + i) / row.slice;
-    const int64_t end = std::min<int64_t>(chunk.count, (slice + 1) * row.slice - chunk.begin);
-    const T its = static_cast<T>(means[slice]);
-    for (; i < end; ++i) out[i] = centralized(g[i], its);
+class Means {
+ public:
+  Means(const TensorRow& row, const Chunk& chunk) : row_(row) {
+    if (row.slice == 0) return;
+    first_ = chunk.begin / row.slice;
+    means_.resize(chunk.count / row.slice);
+    for (size_t i = 0; i < means_.size(); ++i) means_[i] = mean_of_slice<T>(row, first_ + i);
   }
-  return out;
-}
 
-// `means`: of the row's slices, if it has any.
+  // The gradients of a piece of it, as the rule takes them; those themselves are not written.
+  const T* centralized_gradients(const Chunk& piece, const T* g) const {
+    if (row_.slice == 0) return g;
+    T* const out = static_cast<T*>(scratch(kTensors + kGrad));
+    for (int64_t i = 0; i < piece.count;) {
+      const int64_t slice = (piece.begin + i) / row_.slice;
+      const int64_t end = std::min(piece.count, (slice + 1) * row_.slice - piece.begin);
+      const T its = means_[slice - first_];
+      for (; i < end; ++i) out[i] = centralized(g[i], its);
+    }
+    return out;
+  }
+
+ private:
+  const TensorRow& row_;
+  int64_t first_ = 0;
+  std::vector<T> means_;
+};
+
 template <typename T>
 void run_radam(const TensorRow& row, const Chunk& chunk, const StepScalars& now,
-               const double* means) {
+               const Means<T>& means) {
   const Values<T> p(row, chunk, kParam), g(row, chunk, kGrad);
   const Values<T> m(row, chunk, kExpAvg), v(row, chunk, kExpAvgSq);
-  RadamArgs<T> args{of<T>(now),  now.schedule.rectified,
-                    false,       codec_of(row, kExpAvgSq).is_root,
-                    chunk.count, p.data(),
-                    g.data(),    m.data(),
+  RadamArgs<T> args{of<T>(now),
+                    now.schedule.rectified,
+                    false,
+                    codec_of(row, kExpAvgSq).is_root,
+                    chunk.count,
+                    p.data(),
+                    means.centralized_gradients(chunk, g.data()),
+                    m.data(),
                     v.data()};
-  if (row.slice != 0) args.g = centralized_gradients(row, chunk, g.data(), means);
   const RandomKeys keys = random_keys(now.seed, row.place, now.step, false);
   RandomWords words(row, chunk);
   if (now.schedule.sync && row.data[kSlowParam] != nullptr) {
@@ -275,13 +293,13 @@ void for_each_piece(const Chunk& chunk, bool direct, const Run& run) {
   const int64_t most = direct ? chunk.count : kPieceSize;
   for (int64_t done = 0; done < chunk.count; done += most) {
     const int64_t count = std::min(most, chunk.count - done);
-    run(Chunk{chunk.row, static_cast<int32_t>(count), chunk.begin + done});
+    run(Chunk{chunk.row, chunk.begin + done, count});
   }
 }
 
 template <typename T>
-void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now,
-               const double* means) {
+void run_chunk(Rule rule, const TensorRow& row, const Chunk& chunk, const StepScalars& now) {
+  const Means<T> means(row, chunk);
   for_each_piece(chunk, is_direct(row), [&](const Chunk& piece) {
     rule == Rule::kRadam ? run_radam<T>(row, piece, now, means) : run_lookahead<T>(row, piece, now);
   });
@@ -303,27 +321,15 @@ void Launcher::prepare(const Rows& rows) {
   if (version_ == rows.version) return;
   version_ = -1;
   chunks_.clear();
-  slices_.clear();
-  means_of_row_.assign(rows.rows.size(), 0);
-  int64_t means = 0;
   for (size_t i = 0; i < rows.rows.size(); ++i) {
     const TensorRow& row = rows.rows[i];
     if (row.launcher != index_) continue;
-    for (int64_t begin = 0; begin < row.numel; begin += kChunkSize) {
-      const int64_t count = std::min<int64_t>(kChunkSize, row.numel - begin);
-      chunks_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
+    const int64_t unit = row.slice == 0 ? kGroup : std::lcm(row.slice, kGroup);
+    const int64_t size = std::max(kChunkSize / unit * unit, unit);
+    for (int64_t begin = 0; begin < row.numel; begin += size) {
+      chunks_.push_back({static_cast<int32_t>(i), begin, std::min(size, row.numel - begin)});
     }
-    if (row.slice == 0) continue;
-    const int64_t slices = row.numel / row.slice;
-    const int64_t most = std::max<int64_t>(kChunkSize / row.slice, 1);
-    for (int64_t begin = 0; begin < slices; begin += most) {
-      const int64_t count = std::min(most, slices - begin);
-      slices_.push_back({static_cast<int32_t>(i), static_cast<int32_t>(count), begin});
-    }
-    means_of_row_[i] = means;
-    means += slices;
   }
-  means_.resize(means);
   version_ = rows.version;
 }
 
@@ -349,27 +355,12 @@ void Launcher::launch(const Rows& rows, const std::vector<Hyperparameters>& hype
     elements += row.numel;
     *row.step = static_cast<float>(step);
   }
-  find_means(rows, elements, num_threads);
   for_each_chunk(chunks_, elements, num_threads, [&](const Chunk& chunk) {
     const StepScalars* const now = of_row_[chunk.row];
     if (now == nullptr || !(rule_ == Rule::kRadam || now->schedule.sync)) return;
     const TensorRow& row = rows.rows[chunk.row];
-    const double* const means = means_.data() + means_of_row_[chunk.row];
-    info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now, means)
-                                                 : run_chunk<float>(rule_, row, chunk, *now, means);
-  });
-}
-
-void Launcher::find_means(const Rows& rows, int64_t elements, int num_threads) {
-  for_each_chunk(slices_, elements, num_threads, [&](const Chunk& slices) {
-    if (of_row_[slices.row] == nullptr) return;
-    const TensorRow& row = rows.rows[slices.row];
-    const bool is_float64 = info_of(row.format).value == DType::kFloat64;
-    double* const means = means_.data() + means_of_row_[slices.row];
-    for (int64_t slice = slices.begin; slice < slices.begin + slices.count; ++slice) {
-      means[slice] =
-          is_float64 ? mean_of_slice<double>(row, slice) : mean_of_slice<float>(row, slice);
-    }
+    info_of(row.format).value == DType::kFloat64 ? run_chunk<double>(rule_, row, chunk, *now)
+                                                 : run_chunk<float>(rule_, row, chunk, *now);
   });
 }
 

@@ -32,11 +32,11 @@ struct StepScalars {
   Coefficients<double> f64;
 };
 
-// `count` elements of row `row`, from element `begin`.
+// `count` elements of row `row`, from element `begin`: whole groups and whole slices.
 struct Chunk {
   int32_t row;
-  int32_t count;
   int64_t begin;
+  int64_t count;
 };
 
 // What gradients are multiplied by: see grad_scale().
@@ -66,17 +66,10 @@ class Launcher {
   int64_t prepared_version() const { return version_; }
 
  private:
-  void find_means(const Rows& rows, int64_t elements, int num_threads);
-
   Rule rule_;
   int32_t index_;
   int64_t version_ = -1;
   std::vector<Chunk> chunks_;
-  // Of rows whose gradients are centralized: `count` slices from `begin`, and each slice's mean,
-  // those of a row from means_of_row_ on.
-  std::vector<Chunk> slices_;
-  std::vector<double> means_;
-  std::vector<int64_t> means_of_row_;
   std::deque<StepScalars> scalars_;
   std::vector<const StepScalars*> of_row_;  // nullptr: it does not move in this step
 };
