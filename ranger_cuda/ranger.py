@@ -98,6 +98,12 @@ class Ranger(SlowWeights, FusedOptimizer):
             steps to the step itself.
         eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
             weights into the parameters and take them out again. Without it they do nothing.
+        slow_device: "cpu": slow weights and their momentum are in the host's memory (pinned), and
+            on a GPU, bucket by bucket, in a step that ends a cycle; between such steps that has
+            what AdamW has there. The bits are the same. The host has to know whether a cycle ends:
+            such steps cannot be captured in a CUDA graph, and wait for whatever may skip them
+            (``amp_scaling``, ``nonfinite_grad_norm="skip"``). Not for DTensors, nor with released
+            gradients. None: beside their parameters.
         foreach: taken so that existing calls go on to work; it changes nothing.
         fused: the same; every step here is fused.
         capturable: the same; every step on a GPU can be captured in a CUDA graph.
@@ -161,6 +167,7 @@ class Ranger(SlowWeights, FusedOptimizer):
         nonfinite_grad_norm: str = "propagate",
         amp_scaling: bool = False,
         eval_with_slow_weights: bool = False,
+        slow_device: str | torch.device | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -193,4 +200,5 @@ class Ranger(SlowWeights, FusedOptimizer):
             differentiable=differentiable,
             nonfinite_grad_norm=nonfinite_grad_norm,
             eval_with_slow_weights=eval_with_slow_weights,
+            slow_device=slow_device,
         )

@@ -210,8 +210,17 @@ def is_count(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 2**24 and float(value).is_integer()
 
 
-def check_state(param: Tensor, state: dict[str, Any], parts: Iterable[Part], name: str) -> None:
+def check_state(
+    param: Tensor,
+    state: dict[str, Any],
+    parts: Iterable[Part],
+    name: str,
+    on_host: Iterable[str] = (),
+) -> None:
     """Raise if what ``state`` has of ``parts`` no longer fits its parameter.
+
+    Args:
+        on_host: what may also be on the host.
 
     Raises:
         RuntimeError: a state tensor is on another device, or of another shape or precision.
@@ -226,7 +235,10 @@ def check_state(param: Tensor, state: dict[str, Any], parts: Iterable[Part], nam
         value = local(state[key])
         check_allocated(value, f"state {key!r} of {name}")
         found = (value.dtype, value.device, tuple(value.shape))
-        wanted = (part.dtype_for(target), target.device, part.shape_for(target.shape))
+        device = target.device
+        if key in on_host and value.device.type == "cpu":
+            device = value.device
+        wanted = (part.dtype_for(target), device, part.shape_for(target.shape))
         if found != wanted:
             raise RuntimeError(
                 f"state {key!r} of {name} is {found[0]} on {found[1]} of shape {found[2]}, but the "

@@ -262,6 +262,11 @@ class Dispatcher:
             step.commit()
             self._get_ready(step, self._find(step))
 
+    def undo(self) -> None:
+        """Take the state away again that :meth:`rehearse` left."""
+        if self._step is not None:
+            self._step.undo()
+
     def launch(
         self,
         hypers: Sequence[Hyperparameters],

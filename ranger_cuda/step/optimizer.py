@@ -29,6 +29,7 @@ from . import clipping
 from .algorithms import Algorithm, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
+from .offload import HOST, PARTS, Offload
 from .release import GradientRelease
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -47,6 +48,7 @@ class FusedOptimizer(Optimizer):
         amp_scaling: let ``torch.amp.GradScaler`` hand its scale and its overflow flag to the step.
         differentiable: refused if true.
         eval_with_slow_weights: whether ``eval()`` and ``train()`` do anything.
+        slow_device: where slow weights are; None: beside their parameters.
     """
 
     _algorithm: Algorithm
@@ -56,6 +58,7 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None
     grad_norm: Tensor | None
     _release: GradientRelease | None = None  # a copy has none
+    _offload: Offload | None
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class FusedOptimizer(Optimizer):
         differentiable: bool,
         nonfinite_grad_norm: str,
         eval_with_slow_weights: bool = False,
+        slow_device: str | torch.device | None = None,
     ) -> None:
         support.check_backend(backend)
         hyperparameters.check_choice("state_dtype", state_dtype, formats.STATE_DTYPES)
@@ -75,6 +79,11 @@ class FusedOptimizer(Optimizer):
         hyperparameters.check_choice(
             "eval_with_slow_weights", eval_with_slow_weights, (True, False)
         )
+        if slow_device is not None and torch.device(slow_device) != HOST:
+            raise ValueError(
+                f"Invalid slow_device value: {slow_device!r}; slow weights are beside their "
+                'parameters (None) or on the host ("cpu")'
+            )
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the fused step writes in place, outside "
@@ -86,6 +95,7 @@ class FusedOptimizer(Optimizer):
             "state_dtype": state_dtype,
             "nonfinite_grad_norm": nonfinite_grad_norm,
             "eval_with_slow_weights": eval_with_slow_weights,
+            "slow_device": slow_device,
         }
         self._check_group(defaults)  # a group may override a value that is wrong
         self._prepare()
@@ -97,6 +107,9 @@ class FusedOptimizer(Optimizer):
         self._dispatcher = Dispatcher(self._algorithm, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())  # of what it is a copy of
         self.grad_norm = None
+        self._offload = None
+        if self._options.get("slow_device") is not None:  # an older pickle has none
+            self._offload = Offload(self._algorithm, self._options["backend"], self._dispatcher)
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
@@ -146,13 +159,17 @@ class FusedOptimizer(Optimizer):
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
             scaling = Scaling(getattr(self, "grad_scale", None), found_inf, None)
-            if self._options["nonfinite_grad_norm"] != "propagate" or any(
-                hyper.max_grad_norm < math.inf for hyper in hypers
-            ):
-                dispatcher.collect(self.param_groups, self.state, self._new_state)
-                dispatcher.launch(hypers, scaling, self._measured)
+            nonfinite = self._options["nonfinite_grad_norm"]
+            clips = any(hyper.max_grad_norm < math.inf for hyper in hypers)
+            measure = self._measured if clips or nonfinite != "propagate" else None
+            found = self.param_groups, self.state, self._new_state
+            if self._offload is not None:
+                self._offload.step(*found, hypers, scaling, measure)
+            elif measure is not None:
+                dispatcher.collect(*found)
+                dispatcher.launch(hypers, scaling, measure)
             else:
-                dispatcher.step(self.param_groups, self.state, self._new_state, hypers, scaling)
+                dispatcher.step(*found, hypers, scaling)
         except BaseException:
             # GradScaler takes them back from a step that returns; left here, they would scale
             # the next step as well.
@@ -193,11 +210,12 @@ class FusedOptimizer(Optimizer):
         step_device: torch.device,
     ) -> dict[str, Any]:
         """What ``state`` lacks for a first step, or for a step after a change of dtype."""
+        algorithm = self._algorithm if self._offload is None else self._offload.moving
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
-        format = self._algorithm.format_of(param, group)
-        return new | new_state(format, param, state, self._algorithm.streams_of(group))
+        format = algorithm.format_of(param, group)
+        return new | new_state(format, param, state, algorithm.streams_of(group))
 
     def release_gradients(self) -> GradientRelease:
         """Move each parameter in ``backward()``, as soon as it has its gradient, and free that::
@@ -270,7 +288,7 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{name} has no state yet: take a step")
             format = self._algorithm.format_of(param, self.param_groups[group])
             parts = format.parts(self._algorithm.streams)
-            check_state(param, state, [part for part in parts if part.name in state], name)
+            check_state(param, state, [part for part in parts if part.name in state], name, PARTS)
             return decoded(format, param, state)
         raise ValueError("decoded_state() is of a parameter of this optimizer")
 
@@ -357,3 +375,5 @@ class FusedOptimizer(Optimizer):
             for name in self.defaults:
                 group.setdefault(name, known[name])
         eval_mode.mark(self.param_groups, self._options)
+        if self._offload is not None:
+            self._offload.settle(self.state)

@@ -167,6 +167,11 @@ def _check(optimizer: FusedOptimizer) -> None:
             "has looked through for overflow. Train in bfloat16, which needs no GradScaler, or "
             "step() after backward"
         )
+    if optimizer._options.get("slow_device") is not None:
+        raise RuntimeError(
+            f"{CALL} and slow_device: slow weights would travel for one parameter after the other. "
+            "Leave slow_device None, or step() after backward"
+        )
     nonfinite = optimizer._options["nonfinite_grad_norm"]
     if nonfinite != "propagate":
         raise RuntimeError(

@@ -31,7 +31,7 @@ def pairs_of(algorithm: Algorithm, param_groups: Groups, state: State) -> Pairs:
         if "slow_param" in its:
             check_param(param, name)
             format = algorithm.format_of(param, param_groups[group])
-            check_state(param, its, format.of("slow_param"), name)
+            check_state(param, its, format.of("slow_param"), name, ("slow_param", "slow_residual"))
             pairs[param] = plain(param), plain(its["slow_param"])
     return pairs
 
