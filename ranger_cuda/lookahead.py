@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backends import support
 from .state import checkpoint, eval_mode, hyperparameters
-from .step import cycle
+from .step import cycle, offload
 from .step.algorithms import LOOKAHEAD
 from .step.cycle import Cycle
 from .step.dispatch import Dispatcher
 from .step.inner_step import InnerStep
 from .step.interrupts import Deferred
+from .step.offload import OffloadedPull
 from .step.optimizer import FusedOptimizer, Loss
 from .step.slow_weights import SlowWeights
 
@@ -45,6 +46,8 @@ class Lookahead(SlowWeights, Optimizer):
             that serves a parameter's device and dtype here.
         eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
             weights into the parameters and take them out again. Without it they do nothing.
+        slow_device: "cpu": slow weights and their momentum are in the host's memory, and on a GPU
+            only in steps that end a cycle, as for :class:`Ranger`. None: beside their parameters.
 
     A parameter group may set ``lookahead_k``, ``lookahead_alpha`` (``alpha`` alone is a
     hyperparameter of other optimizers), ``outer_momentum`` and ``outer_nesterov`` for itself.
@@ -85,6 +88,7 @@ class Lookahead(SlowWeights, Optimizer):
         outer_nesterov: bool = True,
         backend: support.BackendName | None = None,
         eval_with_slow_weights: bool = False,
+        slow_device: str | torch.device | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -106,6 +110,7 @@ class Lookahead(SlowWeights, Optimizer):
         hyperparameters.check_choice(
             "eval_with_slow_weights", eval_with_slow_weights, (True, False)
         )
+        offload.check_device(slow_device)
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.__setstate__(
             {
@@ -117,6 +122,7 @@ class Lookahead(SlowWeights, Optimizer):
                     "outer_nesterov": outer_nesterov,
                     "backend": backend,
                     "eval_with_slow_weights": eval_with_slow_weights,
+                    "slow_device": slow_device,
                 },
             }
         )
@@ -132,6 +138,10 @@ class Lookahead(SlowWeights, Optimizer):
         state["optimizer"].defaults = known  # torch adds "differentiable" to any
         self._dispatcher = Dispatcher(LOOKAHEAD, self._options["backend"])
         self._dispatcher.unmoved = self.__dict__.pop("_unmoved", set())
+        self._offloaded = None
+        if self._options.get("slow_device") is not None:  # an older pickle has none
+            self._offloaded = OffloadedPull(self._options["backend"], self._dispatcher)
+            offload.settle(self.state)
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -241,12 +251,17 @@ class Lookahead(SlowWeights, Optimizer):
         _check_can_follow(self.optimizer)
         self._complete_groups()
         return cycle.begin(
-            self._dispatcher, self._options["backend"], self.param_groups, self.state, any_may_move
+            self._dispatcher,
+            self._options["backend"],
+            self.param_groups,
+            self.state,
+            any_may_move,
+            self._offloaded,
         )
 
     @torch.compiler.disable
     def _pull(self, begun: Cycle) -> None:
-        cycle.pull(self._dispatcher, self.state, begun)
+        cycle.pull(self._dispatcher, self.state, begun, self._offloaded)
 
     # --- checkpoints ------------------------------------------------------------------------
 
@@ -344,6 +359,8 @@ class Lookahead(SlowWeights, Optimizer):
             raise
         self._dispatcher.reset()
         self._dispatcher.unmoved = set()
+        if self._offloaded is not None:
+            offload.settle(self.state)
 
     def _own(self, loaded: Any) -> None:
         """Copy the state that the inner optimizer took over from ``loaded`` as it was."""

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
-from ranger_cuda import Ranger
+from ranger_cuda import Lookahead, RAdam, Ranger
 from ranger_cuda.step import offload
 
 SHAPES = [(70,), (3, 5), (), (0,), (40, 9), (5000,)]
@@ -43,16 +43,38 @@ def run(a, b, ours, plain, steps, resting=lambda i, step: False, move=lambda t: 
         assert_same(ours, plain, a, b, f"step {step}")
 
 
+def lookahead(params, *, lr, k, outer_momentum=0.0, slow_device=None, backend=None, **inner):
+    optimizer = RAdam(params, lr=lr, backend=backend, **inner)
+    options = {"k": k, "outer_momentum": outer_momentum, "slow_device": slow_device}
+    return Lookahead(optimizer, backend=backend, **options)
+
+
+def around_adamw(params, *, lr, k, slow_device=None, **options):
+    inner = torch.optim.AdamW(params, lr=lr, foreach=False)
+    return Lookahead(inner, k=k, slow_device=slow_device)
+
+
+BUILDS = [Ranger, lookahead]
+each_build = pytest.mark.parametrize("build", BUILDS, ids=["Ranger", "Lookahead"])
+
+
+@each_build
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_every_bit_is_that_of_slow_weights_that_stay(target, momentum):
+def test_every_bit_is_that_of_slow_weights_that_stay(target, build, momentum):
     """Parameters that join late, rest, and so end their cycles in different steps."""
     shapes = SHAPES[:-1] if target.slow else SHAPES
     options = {"lr": 0.01, "k": 3, "outer_momentum": momentum, "weight_decay": 0.1}
     a, b, ours, plain = pair(
-        Ranger, shapes, move=target.move, backend=target.backend, max_grad_norm=5.0, **options
+        build, shapes, move=target.move, backend=target.backend, max_grad_norm=5.0, **options
     )
     run(a, b, ours, plain, range(8), lambda i, step: (i + step) % 4 == 3, target.move)
-    assert len(ours._offload._buckets) > 1
+    offloaded = ours._offload if build is Ranger else ours._offloaded
+    assert len(offloaded._buckets._runs) > 1
+
+
+def test_around_an_optimizer_of_torch_s():
+    a, b, ours, plain = pair(around_adamw, lr=0.01, k=3)
+    run(a, b, ours, plain, range(8), lambda i, step: (i + step) % 4 == 3)
 
 
 FORMATS = [
@@ -66,10 +88,11 @@ FORMATS = [
 ]
 
 
+@each_build
 @pytest.mark.parametrize(("dtype", "options"), FORMATS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_every_format(backend, dtype, options):
-    a, b, ours, plain = pair(Ranger, dtype=dtype, lr=0.01, k=2, backend=backend, **options)
+def test_every_format(backend, build, dtype, options):
+    a, b, ours, plain = pair(build, dtype=dtype, lr=0.01, k=2, backend=backend, **options)
     run(a, b, ours, plain, range(5))
 
 
@@ -97,8 +120,9 @@ def test_each_group_has_its_cycle_and_may_rest(lr):
     assert ours.state[a[-1]]["step"] == 8
 
 
-def test_weights_that_are_loaded_after_a_step_at_rest_are_what_slow_weights_start_from():
-    a, b, ours, plain = pair(Ranger, lr=0.0, k=2)
+@each_build
+def test_weights_that_are_loaded_after_a_step_at_rest_are_what_slow_weights_start_from(build):
+    a, b, ours, plain = pair(build, lr=0.0, k=2)
     run(a, b, ours, plain, range(3))
     with torch.no_grad():
         for p in (*a, *b):
@@ -108,13 +132,14 @@ def test_weights_that_are_loaded_after_a_step_at_rest_are_what_slow_weights_star
     run(a, b, ours, plain, range(3, 8))
 
 
+@each_build
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
-def test_checkpoints_go_both_ways(way):
-    a, b, ours, plain = pair(Ranger, lr=0.01, k=3, outer_momentum=0.9)
+def test_checkpoints_go_both_ways(build, way):
+    a, b, ours, plain = pair(build, lr=0.01, k=3, outer_momentum=0.9)
     run(a, b, ours, plain, range(4))
     if way == "state_dict":
         saved = ours.state_dict(), plain.state_dict()
-        ours, plain = Ranger(a, slow_device="cpu"), Ranger(b)
+        ours, plain = build(a, slow_device="cpu", lr=0.5, k=9), build(b, lr=0.5, k=9)
         plain.load_state_dict(saved[0])
         ours.load_state_dict(saved[1])
     elif way == "deepcopy":
@@ -171,8 +196,9 @@ def test_a_step_that_is_skipped_does_not_count(step):
     assert ours.state[a[0]]["step"] == 6
 
 
-def test_a_gradient_that_is_refused_changes_nothing():
-    a, b, ours, plain = pair(Ranger, lr=0.01, k=2)
+@each_build
+def test_a_gradient_that_is_refused_changes_nothing(build):
+    a, b, ours, plain = pair(build, lr=0.01, k=2)
     run(a, b, ours, plain, range(1))
     give_gradients(gradients(SHAPES, 1), a)
     a[4].grad = a[4].grad.to_sparse()
@@ -201,13 +227,14 @@ def test_memory_that_cannot_be_had_changes_nothing(monkeypatch, k):
     run(a, b, ours, plain, range(k - 1, k + 4))
 
 
-def test_a_parameter_that_is_named_twice_moves_once():
+@each_build
+def test_a_parameter_that_is_named_twice_moves_once(build):
     p, q = Parameter(torch.ones(300)), Parameter(torch.ones(300))
     other, another = Parameter(torch.ones(200)), Parameter(torch.ones(200))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        ours = Ranger([p, other, p], lr=0.1, k=2, slow_device="cpu")
+        ours = build([p, other, p], lr=0.1, k=2, slow_device="cpu")
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        plain = Ranger([q, another, q], lr=0.1, k=2)
+        plain = build([q, another, q], lr=0.1, k=2)
     run([p, other], [q, another], ours, plain, range(5))
 
 
@@ -225,8 +252,9 @@ def test_between_syncs_no_memory_is_taken(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "meta", torch.device("cuda", 0)])
 def test_other_devices_are_refused(device):
-    with pytest.raises(ValueError, match="Invalid slow_device value"):
-        Ranger([Parameter(torch.ones(3))], slow_device=device)
+    for build in BUILDS:
+        with pytest.raises(ValueError, match="Invalid slow_device value"):
+            build([Parameter(torch.ones(3))], lr=0.1, k=2, slow_device=device)
 
 
 def test_released_gradients_are_refused():

@@ -145,7 +145,7 @@ def centralized(grad: Tensor, param: Tensor, format: Format) -> Tensor:
     while sums.shape[1] > 1:
         lower, upper = sums.chunk(2, dim=1)
         sums = lower + upper
-    mean = sums / sums.new_tensor(float(slices.shape[1]))
+    mean = sums / torch.full_like(sums, slices.shape[1])
     return grad - mean.view(-1, *[1] * len(dims))
 
 

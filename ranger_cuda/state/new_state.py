@@ -78,9 +78,12 @@ def decoded(format: Format, param: Tensor, state: Mapping[str, Any]) -> dict[str
     return {stream: value.clone().view(plain(param).shape) for stream, value in values.items()}
 
 
+SLOW_PARTS = ("slow_param", "slow_residual")  # of a state: its slow weight
+
+
 def without_slow_weight(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a slow weight is made from anew."""
-    return {n: value for n, value in state.items() if n not in ("slow_param", "slow_residual")}
+    return {name: value for name, value in state.items() if name not in SLOW_PARTS}
 
 
 def new_state(

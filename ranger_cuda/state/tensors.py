@@ -228,9 +228,9 @@ def check_state(
     target = local(param.detach())
     for part in parts:
         key = part.name
-        if not isinstance(state[key], Tensor):
+        if not isinstance(state.get(key), Tensor):
             raise RuntimeError(
-                f"state {key!r} of {name} is {state[key]!r}, but it must be a tensor"
+                f"state {key!r} of {name} is {state.get(key)!r}, but it must be a tensor"
             )
         value = local(state[key])
         check_allocated(value, f"state {key!r} of {name}")

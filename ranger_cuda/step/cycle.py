@@ -14,10 +14,12 @@ from ..backends.support import BackendName
 from ..state.checkpoint import is_step_tensor, step_tensor
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import new_state, without_slow_weight
-from ..state.tensors import check_param, is_capturing, local
-from .algorithms import LOOKAHEAD, is_at_rest, members
+from ..state.tensors import check_param, check_state, is_capturing, local
+from .algorithms import LOOKAHEAD, Member, is_at_rest, members
 from .dispatch import Dispatcher
 from .native import Groups
+from .offload import PARTS, OffloadedPull, check, on_host
+from .python_step import check_count
 
 
 class Cycle(NamedTuple):
@@ -36,12 +38,14 @@ def begin(
     param_groups: Groups,
     state: Any,
     any_may_move: bool,
+    offloaded: OffloadedPull | None = None,
 ) -> Cycle:
     """What the inner step may move, with the slow weights of those that have none. Raises what
     would keep the pull from being made.
 
     Args:
         any_may_move: the inner step calls a closure, which makes the gradients.
+        offloaded: what pulls where slow weights are on the host.
     """
     groups = [{**group, "params": [*group["params"]]} for group in param_groups]
     hypers = [interpolation(group) for group in groups]
@@ -68,6 +72,13 @@ def begin(
             param: _what_lacks(param, groups[group], state.get(param, {}), param in unmoved)
             for param, group, _ in lacking
         }
+    if offloaded is not None:
+        for member, moves in zip(found, may_move, strict=True):
+            if moves:
+                _check_offloaded(member, groups, {**state.get(member.param, {})})
+        for param, slow in first.items():
+            first[param] = {name: on_host(value, param) for name, value in slow.items()}
+        return Cycle(groups, hypers, may_move, any_may_move, first)
     if first:  # as if they were there
         state = {param: {**state.get(param, {})} for param, _, _ in found}
         for param, slow in first.items():
@@ -82,10 +93,15 @@ def begin(
     return Cycle(groups, hypers, may_move, any_may_move, first)
 
 
-def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
+def pull(
+    dispatcher: Dispatcher, state: Any, cycle: Cycle, offloaded: OffloadedPull | None = None
+) -> None:
     """Count a step of the parameters that moved, and interpolate where a cycle ends."""
     moved = commit(dispatcher, state, cycle)
-    dispatcher.step(cycle.groups, state, new_count, cycle.hypers, moved=moved)
+    if offloaded is not None:
+        offloaded.step(cycle.groups, state, new_count, cycle.hypers, moved)
+    else:
+        dispatcher.step(cycle.groups, state, new_count, cycle.hypers, moved=moved)
 
 
 def commit(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> list[bool]:
@@ -108,6 +124,15 @@ def commit(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> list[bool]:
             else:
                 unmoved.discard(param)
     return moved
+
+
+def _check_offloaded(member: Member, groups: Groups, state: dict[str, Any]) -> None:
+    check(member)
+    check_param(member.param, member.name)
+    format = LOOKAHEAD.format_for(member.param, groups[member.group], state)
+    parts = [part for part in format.parts(LOOKAHEAD.streams) if part.name in state]
+    check_state(member.param, state, parts, member.name, PARTS)
+    check_count(state, LOOKAHEAD.step_name, member.name)
 
 
 def _lacks(state: dict[str, Any], group: dict[str, Any]) -> bool:

@@ -20,9 +20,10 @@ from ..backends.reference import Row
 from ..backends.scaling import NO_SCALING, Scaling
 from ..backends.schedule import grad_scale
 from ..state.hyperparameters import Hyperparameters
-from ..state.new_state import take_snapshot
+from ..state.new_state import SLOW_PARTS, take_snapshot
 from ..state.tensors import (
     check_param,
+    check_state,
     is_capturing,
     local,
 )
@@ -343,16 +344,30 @@ class Dispatcher:
 
         Interrupts are the caller's to defer.
         """
-        if only_unmoved and not self.unmoved:
+        if only_unmoved:
+            self._reset_unmoved(param_groups, state)
             return
         pairs = pairs_of(self._algorithm, param_groups, state)
         for param, group, _ in members(param_groups):
-            if param not in pairs or (only_unmoved and param not in self.unmoved):
+            if param not in pairs:
                 continue
             format = self._algorithm.format_of(param, param_groups[group])
             take_snapshot(format, param, state[param])
-            if not only_unmoved and "outer_momentum_buffer" in state[param]:
+            if "outer_momentum_buffer" in state[param]:
                 state[param]["outer_momentum_buffer"].zero_()
+
+    def _reset_unmoved(self, param_groups: Groups, state: State) -> None:
+        for param, group, name in members(param_groups):
+            if param not in self.unmoved or "slow_param" not in state.get(param, {}):
+                continue
+            format = self._algorithm.format_of(param, param_groups[group])
+            try:
+                check_state(param, state[param], format.of("slow_param"), name, SLOW_PARTS)
+            except RuntimeError:  # the model was converted; the next step makes it anyway
+                for part in SLOW_PARTS:
+                    state[param].pop(part, None)
+            else:
+                take_snapshot(format, param, state[param])
 
     def slow_pairs(self, param_groups: Groups, state: State) -> Pairs:
         """Parameters and slow weights that can be used, where there are any."""

@@ -203,7 +203,7 @@ class Native:
         for backend, device, kernels in self.launchers:
             if backend == "cpu":
                 value = kernels.squares(self.roster, of, torch.get_num_threads())
-                sums.append(torch.tensor(value, dtype=torch.float64))
+                sums.append(torch.tensor(value, dtype=torch.float64, device="cpu"))
             else:
                 sums.append(torch.zeros((), dtype=torch.float64, device=device))
                 kernels.squares(self.roster, of, sums[-1])

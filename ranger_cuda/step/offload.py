@@ -17,22 +17,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.scaling import Scaling
+from ..backends import support
+from ..backends.scaling import NO_SCALING, Scaling
+from ..state.checkpoint import is_step_tensor
 from ..state.hyperparameters import Hyperparameters
-from ..state.new_state import new_state, without_slow_weight
-from ..state.tensors import DTensor, is_capturing, on_accelerator
-from .algorithms import Algorithm, Member, is_at_rest, members
+from ..state.new_state import SLOW_PARTS, new_state, without_slow_weight
+from ..state.tensors import DTensor, check_state, is_capturing, on_accelerator
+from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
 from .native import Groups, State
-from .python_step import NewState
+from .python_step import ON_HOST, NewState
 
 HOST = torch.device("cpu")
-PARTS = ("slow_param", "slow_residual", "outer_momentum_buffer")  # of a state, that live there
+PARTS = (*SLOW_PARTS, "outer_momentum_buffer")  # of a state, that live there
 BUCKET = 64 << 20  # bytes of parameters that move at a time; those of the next are on their way
 ALIGNMENT = 256
 MOST_STEPS = 2**24  # a float32 counts no further
 
+SlowWeights = dict[Tensor, dict[str, Tensor]]  # and what belongs to them, of each parameter
 Measure = Callable[[Dispatcher, Scaling], Scaling]
 
 
@@ -46,6 +49,33 @@ class Count(NamedTuple):
     step: Tensor
     version: int
     steps: int
+
+
+class Counts:
+    """How often parameters have moved, as far as the host has followed them.
+
+    By their ids: no parameter is referred to, weakly or not, or torch would not swap its memory.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name  # of the state that counts
+        self._known: dict[int, Count] = {}
+
+    def of(self, param: Tensor, state: State) -> int:
+        """Waits for the parameter's device where somebody else has counted since."""
+        step = state.get(param, {}).get(self._name, 0)
+        known = self._known.get(id(param))
+        if known is not None and known.step is step and known.version == step._version:
+            return known.steps
+        return min(int(step), MOST_STEPS)
+
+    def have_moved(self, before: dict[Tensor, int], param_groups: Groups, state: State) -> None:
+        """That these have, once more than before."""
+        ids = {id(param) for param, _, _ in members(param_groups)}
+        self._known = {key: its for key, its in self._known.items() if key in ids}
+        for param, steps in before.items():
+            step = state[param][self._name]
+            self._known[id(param)] = Count(step, step._version, min(steps + 1, MOST_STEPS))
 
 
 class Offload:
@@ -64,11 +94,8 @@ class Offload:
         self.moving = algorithm._replace(streams=streams)
         self._bare = Dispatcher(self.moving, backend)
         self._whole = whole
-        self._runs: list[range] = []
-        self._buckets: list[Dispatcher] = []
-        # By the id of a parameter, as far as the host has followed them; no parameter is referred
-        # to, weakly or not: torch would not swap its memory.
-        self._counts: dict[int, Count] = {}
+        self._buckets = Buckets(whole)
+        self._counts = Counts(algorithm.step_name)
 
     def step(
         self,
@@ -85,68 +112,59 @@ class Offload:
             RuntimeError, ValueError: as they do; a DTensor, or a capture under way. Nothing has
                 been changed then.
         """
-        movers = _movers(param_groups)
+        movers = [m for m in first_of_each(param_groups) if m.param.grad is not None]
         for member in movers:
-            _check(member)
-        bare = self._bare
+            check(member)
+        bare, buckets = self._bare, self._buckets
+        measure = _deciding(measure)
         try:
             bare.collect(param_groups, state, make_state)
             slow = {m.param: self._slow_weight(m, param_groups, state) for m in movers}
-            counts = {m.param: self._count(m.param, state) for m in movers}
+            counts = {m.param: self._counts.of(m.param, state) for m in movers}
             ends = any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in movers)
             with Deferred():
-                if ends:
-                    self._step_in_buckets(
-                        param_groups, state, make_state, hypers, scaling, measure, slow
-                    )
+                if not ends:
+                    bare.launch(hypers, scaling, measure)
                 else:
-                    bare.launch(hypers, scaling, _deciding(measure))
-                self._commit(movers, param_groups, state, slow, counts)
+                    bare.rehearse()
+                    try:
+                        scaling = measure(bare, scaling)
+                        buckets.collect(param_groups, state, make_state, slow)
+                    except BaseException:
+                        bare.undo()
+                        raise
+                    buckets.launch(hypers, scaling)
+                self._commit(movers, param_groups, state, slow)
+                self._counts.have_moved(counts, param_groups, state)
         except _Skipped:
             pass
         finally:
+            buckets.release()
             bare.release()
-
-    def settle(self, state: State) -> None:
-        """Bring slow weights that were loaded or copied back to the host."""
-        for param, its in state.items():
-            for name in PARTS:
-                if name in its:
-                    its[name] = _on_host(its[name], param)
-
-    def _count(self, param: Tensor, state: State) -> int:
-        """How often it has moved. Waits for its device where somebody else has counted since."""
-        step = state.get(param, {}).get("step", 0)
-        known = self._counts.get(id(param))
-        if known is not None and known.step is step and known.version == step._version:
-            return known.steps
-        return min(int(step), MOST_STEPS)
 
     def _slow_weight(self, member: Member, param_groups: Groups, state: State) -> dict[str, Tensor]:
         """Its slow weight and momentum on the host: what there is, and made new what is lacking."""
-        param, group, _ = member
+        param, group, name = member
         known = state.get(param, {})
         if param in self._whole.unmoved:
             known = without_slow_weight(known)
         format = self._algorithm.format_of(param, param_groups[group])
-        streams = self._algorithm.streams_of(param_groups[group])
-        names = [part.name for part in format.parts(streams[2:]) if part.name in PARTS]
-        if any(name not in known for name in names):
+        streams = self._algorithm.streams_of(param_groups[group])[2:]
+        parts = [part for part in format.parts(streams) if part.name in PARTS]
+        if any(part.name not in known for part in parts):
             with torch.inference_mode(False):  # what is made in it could not be written outside
-                known = {**known, **new_state(format, param, known, streams[2:])}
-        return {name: _on_host(known[name], param) for name in names}
+                known = {**known, **new_state(format, param, known, streams)}
+        check_state(param, known, parts, name, PARTS)
+        return {part.name: on_host(known[part.name], param) for part in parts}
 
     def _commit(
         self,
         movers: Sequence[Member],
         param_groups: Groups,
         state: State,
-        slow: dict[Tensor, dict[str, Tensor]],
-        counts: dict[Tensor, int],
+        slow: SlowWeights,
     ) -> None:
         unmoved = self._whole.unmoved
-        ids = {id(param) for param, _, _ in members(param_groups)}
-        self._counts = {key: its for key, its in self._counts.items() if key in ids}
         for param, group, _ in movers:
             is_new = "slow_param" not in state[param] or param in unmoved
             state[param].update(slow[param])
@@ -154,56 +172,131 @@ class Offload:
                 unmoved.add(param)
             else:
                 unmoved.discard(param)
-            step = state[param]["step"]
-            steps = min(counts[param] + 1, MOST_STEPS)
-            self._counts[id(param)] = Count(step, step._version, steps)
 
-    # --- a step with a sync ----------------------------------------------------------------------
 
-    def _step_in_buckets(
+class OffloadedPull:
+    """The pull after another optimizer's step, of slow weights that are on the host.
+
+    Args:
+        backend: what the user asked for, or None.
+        whole: what pulls parameters to slow weights on their own device.
+    """
+
+    def __init__(self, backend: str | None, whole: Dispatcher) -> None:
+        self._backend = backend
+        self._buckets = Buckets(whole)
+        self._counts = Counts(LOOKAHEAD.step_name)
+
+    def step(
         self,
         param_groups: Groups,
         state: State,
         make_state: NewState,
         hypers: Sequence[Hyperparameters],
-        scaling: Scaling,
-        measure: Measure | None,
-        slow: dict[Tensor, dict[str, Tensor]],
+        moved: Sequence[bool],
     ) -> None:
-        bare = self._bare
-        bare.rehearse()
-        try:
-            scaling = _deciding(measure)(bare, scaling)
-            self._cut(param_groups)
-            taken: set[Tensor] = set()
-            parts = [_part_of(param_groups, run, taken) for run in self._runs]
-            rooms = _Rooms()
-            for i, part in enumerate(parts):
-                rooms.furnish(i, [p for group in part for p in group["params"]], slow)
-            staged = [rooms.tensors(i) for i in range(len(parts))]
-            for part, bucket, its in zip(parts, self._buckets, staged, strict=True):
-                beside = {
-                    p: {**state.get(p, {}), **its.get(p, {})} for g in part for p in g["params"]
-                }
-                bucket.collect(part, beside, make_state)  # all of it, before anything moves
-        except BaseException:
-            bare.undo()
-            for bucket in self._buckets:
-                bucket.release()
-            raise
-        transfers = Transfers(rooms.devices())
+        """As :meth:`Dispatcher.step` of what moved."""
+        first: dict[Tensor, Member] = {}
+        firsts = []
+        for member, moves in zip(members(param_groups), moved, strict=True):
+            firsts.append(moves and member.param not in first)
+            if moves:
+                first.setdefault(member.param, member)
+        counts = {param: self._counts.of(param, state) for param in first}
+        ends = any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in first.values())
+        with torch.inference_mode(False):  # state made in it could not be written outside
+            for param, group, name in first.values():
+                its = state[param]
+                count = its.get(LOOKAHEAD.step_name)
+                if ends or not (isinstance(count, Tensor) and is_step_tensor(count, count.device)):
+                    on_host_too = support.choose(self._backend, param, name) in ON_HOST
+                    device = HOST if on_host_too else param.device
+                    its.update(make_state(param, param_groups[group], its, device))
+        if ends:
+            slow = {m.param: self._slow_weight(m, param_groups, state) for m in first.values()}
+            try:
+                self._buckets.collect(param_groups, state, make_state, slow, firsts)
+                self._buckets.launch(hypers)
+            finally:
+                self._buckets.release()
+        else:
+            with torch.no_grad():
+                for param in first:
+                    state[param][LOOKAHEAD.step_name].add_(1.0)
+        self._counts.have_moved(counts, param_groups, state)
+
+    def _slow_weight(self, member: Member, param_groups: Groups, state: State) -> dict[str, Tensor]:
+        param, group, _ = member
+        names = PARTS if param_groups[group].get("outer_momentum") else PARTS[:-1]
+        its = {name: on_host(state[param][name], param) for name in names if name in state[param]}
+        state[param].update(its)
+        return its
+
+
+class Buckets:
+    """Parameters that move bucket by bucket, each with its slow weights, which are on the host.
+
+    Args:
+        whole: what would move all of them, beside slow weights on their own device.
+    """
+
+    def __init__(self, whole: Dispatcher) -> None:
+        self._whole = whole
+        self._runs: list[range] = []
+        self._buckets: list[Dispatcher] = []
+        self._slow: SlowWeights = {}
+        self._staged: list[SlowWeights] = []
+
+    def collect(
+        self,
+        param_groups: Groups,
+        state: State,
+        make_state: NewState,
+        slow: SlowWeights,
+        moved: Sequence[bool] | None = None,
+    ) -> None:
+        """As :meth:`Dispatcher.collect`, all of it before anything moves.
+
+        Args:
+            slow: of each parameter that moves, its slow weight and momentum.
+        """
+        self._cut(param_groups)
+        taken: set[Tensor] = set()
+        parts = [_part_of(param_groups, run, taken) for run in self._runs]
+        rooms = _Rooms()
+        for i, part in enumerate(parts):
+            rooms.furnish(i, [p for group in part for p in group["params"]], slow)
+        self._slow = slow
+        self._staged = [rooms.tensors(i) for i in range(len(parts))]
+        for run, part, its, bucket in zip(
+            self._runs, parts, self._staged, self._buckets, strict=True
+        ):
+            beside = {
+                m.param: {**state.get(m.param, {}), **its.get(m.param, {})} for m in members(part)
+            }
+            may_move = None if moved is None else [*moved[run.start : run.stop]]
+            bucket.collect(part, beside, make_state, may_move)
+
+    def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
+        """Move what was collected. It is over, and slow weights are back, when this returns."""
+        staged = self._staged
+        transfers = Transfers({param.device for its in staged for param in its})
         try:
             for i, bucket in enumerate(self._buckets):
                 for j in (0, 1) if i == 0 else (i + 1,):
                     if j < len(staged):
-                        transfers.fetch(j, _pairs(slow, staged[j]))
+                        transfers.fetch(j, _pairs(self._slow, staged[j]))
                 transfers.arrived(i)
                 bucket.launch(hypers, scaling)
-                transfers.bring_back(i, _pairs(staged[i], slow))
+                transfers.bring_back(i, _pairs(staged[i], self._slow))
         finally:
             transfers.finish()
-            for bucket in self._buckets:
-                bucket.release()
+
+    def release(self) -> None:
+        """Let go of what was collected, and of the devices' memory."""
+        self._slow, self._staged = {}, []
+        for bucket in self._buckets:
+            bucket.release()
 
     def _cut(self, param_groups: Groups) -> None:
         """Parameters into runs of neighbours, each of which moves at once; the same whichever of
@@ -236,16 +329,16 @@ def _deciding(measure: Measure | None) -> Measure:
     return decide
 
 
-def _movers(param_groups: Groups) -> list[Member]:
-    """Who has a gradient, each once."""
+def first_of_each(param_groups: Groups) -> list[Member]:
+    """Every parameter once, where it is named first."""
     found: dict[Tensor, Member] = {}
     for member in members(param_groups):
-        if member.param.grad is not None:
-            found.setdefault(member.param, member)
+        found.setdefault(member.param, member)
     return list(found.values())
 
 
-def _check(member: Member) -> None:
+def check(member: Member) -> None:
+    """Raise if a parameter's slow weight cannot be on the host."""
     if isinstance(member.param, DTensor):
         raise RuntimeError(
             f"{member.name} is a DTensor, and slow_device keeps those of plain tensors only: leave "
@@ -258,7 +351,15 @@ def _check(member: Member) -> None:
         )
 
 
-def _on_host(value: Tensor, param: Tensor) -> Tensor:
+def settle(state: State) -> None:
+    """Bring slow weights that were loaded or copied back to the host."""
+    for param, its in state.items():
+        for name in PARTS:
+            if name in its:
+                its[name] = on_host(its[name], param)
+
+
+def on_host(value: Tensor, param: Tensor) -> Tensor:
     """The same on the host, where devices copy it without waiting."""
     if not on_accelerator(param):
         return value
@@ -268,6 +369,15 @@ def _on_host(value: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(value, device=HOST, pin_memory=can_pin).copy_(value)
 
 
+def check_device(slow_device: Any) -> None:
+    """Raise unless slow weights can be there."""
+    if slow_device is not None and torch.device(slow_device) != HOST:
+        raise ValueError(
+            f"Invalid slow_device value: {slow_device!r}; slow weights are beside their parameters "
+            '(None) or on the host ("cpu")'
+        )
+
+
 def _part_of(param_groups: Groups, run: range, taken: set[Tensor]) -> list[dict[str, Any]]:
     """The groups with no more than these parameters. One that is named again moves only once:
     nothing is in its place."""
@@ -275,7 +385,10 @@ def _part_of(param_groups: Groups, run: range, taken: set[Tensor]) -> list[dict[
     at = 0
     for group in param_groups:
         its = slice(max(run.start - at, 0), max(run.stop - at, 0))
-        params = [torch.empty(0) if param in taken else param for param in group["params"][its]]
+        params = [
+            torch.empty(0, device="cpu") if param in taken else param
+            for param in group["params"][its]
+        ]
         names = group.get("param_names")
         part.append({**group, "params": params, "param_names": names and names[its]})
         taken.update(params)
@@ -283,9 +396,7 @@ def _part_of(param_groups: Groups, run: range, taken: set[Tensor]) -> list[dict[
     return part
 
 
-def _pairs(
-    source: dict[Tensor, dict[str, Tensor]], to: dict[Tensor, dict[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
+def _pairs(source: SlowWeights, to: SlowWeights) -> list[tuple[Tensor, Tensor]]:
     both = source.keys() & to.keys()
     return [(source[param][name], to[param][name]) for param in both for name in to[param]]
 
@@ -298,13 +409,11 @@ class _Rooms:
     """Memory of devices for slow weights: two rooms of each, which buckets have in turn."""
 
     def __init__(self) -> None:
-        self._wanted: list[dict[Tensor, dict[str, Tensor]]] = []
+        self._wanted: list[SlowWeights] = []
         self._sizes: dict[tuple[torch.device, int], int] = {}
         self._memory: dict[tuple[torch.device, int], Tensor] = {}
 
-    def furnish(
-        self, i: int, params: Sequence[Tensor], slow: dict[Tensor, dict[str, Tensor]]
-    ) -> None:
+    def furnish(self, i: int, params: Sequence[Tensor], slow: SlowWeights) -> None:
         """Let bucket ``i``, the next, have room for the slow weights of these."""
         wanted = {param: slow[param] for param in params if param in slow}
         self._wanted.append(wanted)
@@ -313,14 +422,10 @@ class _Rooms:
             key = device, i % 2
             self._sizes[key] = max(self._sizes.get(key, 0), size)
 
-    def devices(self) -> set[torch.device]:
-        """Those of all parameters."""
-        return {device for device, _ in self._sizes}
-
-    def tensors(self, i: int) -> dict[Tensor, dict[str, Tensor]]:
+    def tensors(self, i: int) -> SlowWeights:
         """What bucket ``i`` moves its parameters with."""
-        begin = dict.fromkeys(self.devices(), 0)
-        staged: dict[Tensor, dict[str, Tensor]] = {}
+        begin = {device: 0 for device, _ in self._sizes}
+        staged: SlowWeights = {}
         for param, its in self._wanted[i].items():
             staged[param] = {}
             for name, value in its.items():
@@ -330,7 +435,8 @@ class _Rooms:
                     self._memory[key] = torch.empty(size, dtype=torch.uint8, device=param.device)
                 size = value.numel() * value.itemsize
                 memory = self._memory[key][begin[param.device] :][:size].view(value.dtype)
-                staged[param][name] = memory.as_strided(value.shape, value.stride())
+                dense = torch.empty_like(value, device="meta").stride()
+                staged[param][name] = memory.as_strided(value.shape, dense)
                 begin[param.device] += _size([value])
         return staged
 

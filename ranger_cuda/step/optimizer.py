@@ -25,11 +25,10 @@ from ..state.checkpoint import (
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import decoded, new_state
 from ..state.tensors import check_state, on_accelerator
-from . import clipping
+from . import clipping, offload
 from .algorithms import Algorithm, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
-from .offload import HOST, PARTS, Offload
 from .release import GradientRelease
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -58,7 +57,7 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None
     grad_norm: Tensor | None
     _release: GradientRelease | None = None  # a copy has none
-    _offload: Offload | None
+    _offload: offload.Offload | None
 
     def __init__(
         self,
@@ -79,11 +78,7 @@ class FusedOptimizer(Optimizer):
         hyperparameters.check_choice(
             "eval_with_slow_weights", eval_with_slow_weights, (True, False)
         )
-        if slow_device is not None and torch.device(slow_device) != HOST:
-            raise ValueError(
-                f"Invalid slow_device value: {slow_device!r}; slow weights are beside their "
-                'parameters (None) or on the host ("cpu")'
-            )
+        offload.check_device(slow_device)
         if differentiable:
             raise ValueError(
                 "differentiable=True is not supported: the fused step writes in place, outside "
@@ -109,7 +104,9 @@ class FusedOptimizer(Optimizer):
         self.grad_norm = None
         self._offload = None
         if self._options.get("slow_device") is not None:  # an older pickle has none
-            self._offload = Offload(self._algorithm, self._options["backend"], self._dispatcher)
+            self._offload = offload.Offload(
+                self._algorithm, self._options["backend"], self._dispatcher
+            )
         if self._options["amp_scaling"]:
             # On the instance: on the class, frameworks would change their ways for everyone.
             self._step_supports_amp_scaling = True
@@ -288,7 +285,9 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(f"{name} has no state yet: take a step")
             format = self._algorithm.format_of(param, self.param_groups[group])
             parts = format.parts(self._algorithm.streams)
-            check_state(param, state, [part for part in parts if part.name in state], name, PARTS)
+            check_state(
+                param, state, [part for part in parts if part.name in state], name, offload.PARTS
+            )
             return decoded(format, param, state)
         raise ValueError("decoded_state() is of a parameter of this optimizer")
 
@@ -376,4 +375,4 @@ class FusedOptimizer(Optimizer):
                 group.setdefault(name, known[name])
         eval_mode.mark(self.param_groups, self._options)
         if self._offload is not None:
-            self._offload.settle(self.state)
+            offload.settle(self.state)

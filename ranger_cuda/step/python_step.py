@@ -31,6 +31,17 @@ NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
 
 
+def check_count(state: dict[str, Any], step_name: str, name: str) -> None:
+    """Raise if a state's step count is none. On a device nobody looks at it."""
+    count = state.get(step_name, 0)
+    check_allocated(count, f"state {step_name!r} of {name}")
+    if not on_accelerator(count) and not is_count(count):
+        raise RuntimeError(
+            f"state {step_name!r} of {name} is {count}, but it counts steps: a whole number, at "
+            "least 0"
+        )
+
+
 class PythonStep:
     """What moves in one step, as far as Python deals with it."""
 
@@ -89,15 +100,9 @@ class PythonStep:
         format = self.algorithm.format_for(
             param, self.param_groups[group], self.state.get(param, {})
         )
-        for key in (self.algorithm.step_name, *(part.name for part in format.param.rest)):
-            check_allocated(known.get(key), f"state {key!r} of {name}")
-        # Before it moves: on a device nobody looks at it.
-        count = known.get(self.algorithm.step_name, 0)
-        if not on_accelerator(count) and not is_count(count):
-            raise RuntimeError(
-                f"state {self.algorithm.step_name!r} of {name} is {count}, but it counts steps: a "
-                "whole number, at least 0"
-            )
+        for part in format.param.rest:
+            check_allocated(known.get(part.name), f"state {part.name!r} of {name}")
+        check_count(known, self.algorithm.step_name, name)  # before it moves: kernels do not
         with torch.inference_mode(False):  # state made in it could not be written outside
             missing = new_state(param, self.param_groups[group], known, step_device)
         if missing and where.device.type != "cpu" and is_capturing():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..state import eval_mode, formats
+from ..state.new_state import SLOW_PARTS
 from ..state.tensors import check_param, check_state, plain
 from .algorithms import Algorithm, members
 from .native import Groups, Native, State
@@ -31,7 +32,7 @@ def pairs_of(algorithm: Algorithm, param_groups: Groups, state: State) -> Pairs:
         if "slow_param" in its:
             check_param(param, name)
             format = algorithm.format_of(param, param_groups[group])
-            check_state(param, its, format.of("slow_param"), name, ("slow_param", "slow_residual"))
+            check_state(param, its, format.of("slow_param"), name, SLOW_PARTS)
             pairs[param] = plain(param), plain(its["slow_param"])
     return pairs
 

@@ -126,7 +126,8 @@ def gradient_is_another_gradient(side: Side, draw: Draw) -> bool:
 
 @operation(4)
 def gradient_is_state(side: Side, draw: Draw) -> bool:
-    return alias(side, draw, [value for _, name, value in side.states() if "step" not in name])
+    here = [(name, value) for _, name, value in side.states() if not side.variant.is_apart(name)]
+    return alias(side, draw, [value for name, value in here if "step" not in name])
 
 
 def alias(side: Side, draw: Draw, others: list[Tensor]) -> bool:

@@ -118,7 +118,7 @@ def state_gets_an_entry_of_the_users(side: Side, draw: Draw) -> bool:
 @operation(2, OURS)
 def states_share_memory(side: Side, draw: Draw) -> bool:
     """Two state tensors of a parameter are one, or one lies where the parameter does."""
-    names = [name for name in side.variant.state_names if name in ("exp_avg", "slow_param")]
+    names = [name for name in ("exp_avg", "slow_param") if not side.variant.is_apart(name)]
     found = [
         (state, name)
         for param in side.grouped()
@@ -159,7 +159,7 @@ def hyperparameters_change(side: Side, draw: Draw) -> None:
         values["lookahead_k"] = [1, 2, 3, 6]
         values["lookahead_alpha"] = [0, 0.3, 0.5, 1]
     group = draw.choice(side.optimizer.param_groups)
-    if side.variant.is_ours and not any(param.is_complex() for param in group["params"]):
+    if side.centralizes:
         values["centralize"] = [None, "conv", "all"]
     for name in draw.sample(list(values), draw.randrange(1, 4)):
         group[name] = draw.choice(values[name])

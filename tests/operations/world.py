@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from helpers import INTEGER, bits
 from ranger_cuda import Lookahead, RAdam, Ranger
+from ranger_cuda.step.offload import PARTS
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 NATIVE = [*[torch.float32] * 6, torch.float64, torch.complex64, torch.complex128]
@@ -53,6 +54,11 @@ class Variant(NamedTuple):
     has_slow: bool = True
     is_fused: bool = True  # one rule, not one around another's
     is_ours: bool = True  # inside, too: nothing is changed by a step that is refused
+    slow_is_apart: bool = False  # in memory that no step uses, but copies
+
+    def is_apart(self, name: str) -> bool:
+        """Whether nothing else can lie where this state does."""
+        return self.slow_is_apart and name in PARTS
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -71,6 +77,24 @@ VARIANTS = {
         ),
         "lookahead_step",
         is_fused=False,
+    ),
+    "Ranger, slow weights on the host": Variant(
+        lambda ps, backend: Ranger(
+            ps, lr=0.05, k=3, backend=backend, slow_device=None if backend == "reference" else "cpu"
+        ),
+        "step",
+        slow_is_apart=True,
+    ),
+    "Lookahead(RAdam), slow weights on the host": Variant(
+        lambda ps, backend: Lookahead(
+            RAdam(ps, lr=0.05, backend=backend),
+            k=3,
+            backend=backend,
+            slow_device=None if backend == "reference" else "cpu",
+        ),
+        "lookahead_step",
+        is_fused=False,
+        slow_is_apart=True,
     ),
     "Lookahead(AdamW)": Variant(
         lambda ps, backend: Lookahead(torch.optim.AdamW(ps, lr=0.05), k=3, backend=backend),
@@ -92,6 +116,9 @@ class Side:
         self.log: list[str] = []  # how its steps went: what else the twins have in common
         self.saved: dict[str, Any] | None = None
         self.dtypes = draw.choice([NATIVE, [*NATIVE, *LOW_PRECISION]])
+        self.centralizes = variant.is_ours and draw.random() < 0.4
+        if self.centralizes:  # which complex gradients are not
+            self.dtypes = [dtype for dtype in self.dtypes if not dtype.is_complex]
         if draw.random() < 0.15:
             self.params += [Parameter(draw.tensor(LARGE)) for _ in range(2)]
         for _ in range(draw.randrange(2, 7)):
