@@ -19,7 +19,7 @@ class Roster:
         dtensor: type[Tensor],
         plain: Callable[[Tensor], Tensor],
         plain_grad: Callable[[Tensor], Tensor],
-        first_of: Callable[[Tensor], int],
+        shard_of: Callable[[Tensor], tuple[int, bool, int]],
         first_place: int = 0,
     ) -> None: ...
     @property
@@ -69,7 +69,15 @@ class CpuLauncher:
 class CudaLauncher:
     def __init__(self, rule: Rule, index: int, device: int) -> None: ...
     def prepare(self, roster: Roster) -> None: ...
-    def launch(self, roster: Roster, hypers: bytes, signals: tuple[Any, ...]) -> None: ...
+    @property
+    def scratch_size(self) -> int: ...
+    def launch(
+        self,
+        roster: Roster,
+        hypers: bytes,
+        signals: tuple[Any, ...],
+        scratch: Tensor | None = None,
+    ) -> None: ...
     def step(
         self,
         roster: Roster,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .backends import support
 from .state import checkpoint, eval_mode, hyperparameters
 from .step import cycle, offload
-from .step.algorithms import LOOKAHEAD
+from .step.algorithms import LOOKAHEAD, members
 from .step.cycle import Cycle
 from .step.dispatch import Dispatcher
 from .step.inner_step import InnerStep
@@ -141,7 +141,7 @@ class Lookahead(SlowWeights, Optimizer):
         self._offloaded = None
         if self._options.get("slow_device") is not None:  # an older pickle has none
             self._offloaded = OffloadedPull(self._options["backend"], self._dispatcher)
-            offload.settle(self.state)
+            self._settle()
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -256,12 +256,12 @@ class Lookahead(SlowWeights, Optimizer):
             self.param_groups,
             self.state,
             any_may_move,
-            self._offloaded,
+            self._offloaded if offload.is_away(self.param_groups) else None,
         )
 
     @torch.compiler.disable
     def _pull(self, begun: Cycle) -> None:
-        cycle.pull(self._dispatcher, self.state, begun, self._offloaded)
+        cycle.pull(self._dispatcher, self.state, begun)
 
     # --- checkpoints ------------------------------------------------------------------------
 
@@ -360,7 +360,11 @@ class Lookahead(SlowWeights, Optimizer):
         self._dispatcher.reset()
         self._dispatcher.unmoved = set()
         if self._offloaded is not None:
-            offload.settle(self.state)
+            self._settle()
+
+    def _settle(self) -> None:
+        for param, _, _ in members(self.param_groups):
+            offload.settle(param, self.state.get(param, {}))
 
     def _own(self, loaded: Any) -> None:
         """Copy the state that the inner optimizer took over from ``loaded`` as it was."""

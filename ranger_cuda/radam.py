@@ -44,8 +44,8 @@ class RAdam(FusedOptimizer):
         centralize: gradient centralization (Yong et al., arXiv:2004.01461, equation (1)): from each
             gradient the mean of its slice along the first dimension, that of an output channel or
             neuron, is subtracted before anything else is done with it. The gradient itself is not
-            written. "conv": of parameters of more than 3 dimensions, as the weights of convolutions
-            are; "all": of more than 1; None: of none. Not of complex parameters, of
+            written. "conv": of parameters of more than 3 dimensions, as the weights of 2-d
+            convolutions; "all": of more than 1; None: of none. Not of complex parameters, of
             FullyShardedDataParallel's, or of DTensors whose shards cut slices. ``max_grad_norm``
             goes by the gradients as they come.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a

@@ -64,8 +64,8 @@ class Ranger(SlowWeights, FusedOptimizer):
         centralize: gradient centralization (Yong et al., arXiv:2004.01461, equation (1)): from each
             gradient the mean of its slice along the first dimension, that of an output channel or
             neuron, is subtracted before anything else is done with it. The gradient itself is not
-            written. "conv": of parameters of more than 3 dimensions, as the weights of convolutions
-            are; "all": of more than 1; None: of none. Not of complex parameters, of
+            written. "conv": of parameters of more than 3 dimensions, as the weights of 2-d
+            convolutions; "all": of more than 1; None: of none. Not of complex parameters, of
             FullyShardedDataParallel's, or of DTensors whose shards cut slices. ``max_grad_norm``
             goes by the gradients as they come.
         backend: "cuda", "triton", "cpu", "reference", or None: the fastest that serves a
@@ -99,11 +99,12 @@ class Ranger(SlowWeights, FusedOptimizer):
         eval_with_slow_weights: let :meth:`eval` and :meth:`train`, which trainers call, put slow
             weights into the parameters and take them out again. Without it they do nothing.
         slow_device: "cpu": slow weights and their momentum are in the host's memory (pinned), and
-            on a GPU, bucket by bucket, in a step that ends a cycle; between such steps that has
-            what AdamW has there. The bits are the same. The host has to know whether a cycle ends:
-            such steps cannot be captured in a CUDA graph, and wait for whatever may skip them
-            (``amp_scaling``, ``nonfinite_grad_norm="skip"``). Not for DTensors, nor with released
-            gradients. None: beside their parameters.
+            on a GPU, bucket by bucket, in a step that ends a cycle, which returns when they are
+            back; between such steps a GPU has what AdamW has there. The bits are the same. The host
+            decides whether a cycle ends: no step can be captured in a CUDA graph, and whatever may
+            skip one (``amp_scaling``, ``nonfinite_grad_norm="skip"``) is waited for. Not for
+            DTensors, nor with released gradients. None: beside their parameters. See
+            docs/around_a_step.md.
         foreach: taken so that existing calls go on to work; it changes nothing.
         fused: the same; every step here is fused.
         capturable: the same; every step on a GPU can be captured in a CUDA graph.

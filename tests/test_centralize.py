@@ -181,6 +181,46 @@ def test_complex_parameters_are_refused_before_anything_moves(backend, stepped):
     assert torch.equal(q, before[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_complex_parameters_of_too_few_dimensions_are_left_alone(backend):
+    """Whose pairs have one more."""
+    p, q = (Parameter(torch.ones(5, dtype=torch.complex64)) for _ in range(2))
+    ours, plain = RAdam([p], centralize="all", backend=backend), RAdam([q], backend=backend)
+    for step in range(3):
+        give_gradients(gradients([5], step, torch.complex64), [p], [q])
+        ours.step()
+        plain.step()
+        assert_same_bits(p, q, "complex")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_fsdp1_has_flattened_is_refused_later_too(backend):
+    p = Parameter(torch.ones(6))
+    optimizer = RAdam([p], backend=backend)
+    p.grad = torch.ones(6)
+    optimizer.step()
+    p._fsdp_flattened = True
+    optimizer.param_groups[0]["centralize"] = "conv"
+    with pytest.raises(RuntimeError, match="FullyShardedDataParallel keeps it flat"):
+        optimizer.step()
+
+
+def test_it_ends_where_a_parameter_rests(target):
+    a, b = twins(gradients([(4, 30), (3, 20)], 100), target.move)
+    options = {"lr": 0.01, "centralize": "all"}
+    native = RAdam(a, backend=target.backend, **options)
+    reference = RAdam(b, backend="reference", **options)
+    for step in range(5):
+        its = gradients([(4, 30), (3, 20)], step)
+        if step in (2, 3):
+            its[1] = None
+        give_gradients(its, a, b, move=target.move)
+        for optimizer in (native, reference):
+            optimizer.param_groups[0]["centralize"] = None if step >= 2 else "all"
+            optimizer.step()
+        assert_same(native, reference, a, b, f"step {step}")
+
+
 def test_lookahead_around_it_pulls_what_it_moved():
     a, b = twins(gradients([(4, 30)], 100))
     outside = Lookahead(RAdam(a, lr=0.01, betas=(0.95, 0.999), eps=1e-5, centralize="all"))

@@ -13,14 +13,16 @@ from torch.nn import Parameter
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.step import offload
+from ranger_cuda.step import native, offload
 
 SHAPES = [(70,), (3, 5), (), (0,), (40, 9), (5000,)]
 
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
+    """And parameters of the CPU as if they were on a device."""
     monkeypatch.setattr(offload, "BUCKET", 600)
+    monkeypatch.setattr(offload, "is_away", lambda param_groups: True)
 
 
 def gradients(shapes, step, dtype=torch.float32):
@@ -152,6 +154,17 @@ def test_checkpoints_go_both_ways(build, way):
     run(a, b, ours, plain, range(4, 9))
 
 
+def test_slow_weights_of_inference_mode_are_taken_over():
+    a, b, ours, plain = pair(Ranger, lr=0.01, k=2)
+    run(a, b, ours, plain, range(1))
+    with torch.inference_mode():
+        for optimizer in (ours, plain):
+            for state in optimizer.state.values():
+                state["slow_param"] = state["slow_param"].clone()
+    run(a, b, ours, plain, range(1, 5))
+    assert not any(state["slow_param"].is_inference() for state in ours.state.values())
+
+
 def test_what_others_do_to_the_count_is_seen():
     a, b, ours, plain = pair(Ranger, lr=0.01, k=4)
     run(a, b, ours, plain, range(3))
@@ -208,11 +221,48 @@ def test_a_gradient_that_is_refused_changes_nothing(build):
     run(a, b, ours, plain, range(1, 4))
 
 
+@pytest.mark.parametrize("where", ["prepare", "Transfers"])
+def test_what_fails_before_anything_moves_leaves_no_state(monkeypatch, where):
+    """In the first step, at the end of a cycle."""
+    a, b, ours, plain = pair(Ranger, lr=0.01, k=1)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        if where == "prepare":
+            patch.setattr(native.Native, "prepare", fail)
+        else:
+            patch.setattr(offload, "Transfers", lambda devices: fail() if devices else None)
+        give_gradients(gradients(SHAPES, 0), a)
+        with pytest.raises(torch.OutOfMemoryError):
+            ours.step()
+    assert not any(ours.state.values())
+    run(a, b, ours, plain, range(4))
+
+
+def test_parameters_of_the_cpu_are_moved_as_ever(monkeypatch):
+    monkeypatch.undo()
+    a, b, ours, plain = pair(Ranger, lr=0.01, k=2)
+    monkeypatch.setattr(offload.Offload, "step", None)
+    run(a, b, ours, plain, range(4))
+
+
+def test_a_state_that_is_no_dict_is_kept():
+    ours = Ranger([Parameter(torch.ones(3))], slow_device="cpu")
+    saved = ours.state_dict()
+    saved["state"]["note"] = 5
+    ours.load_state_dict(saved)
+    assert ours.state["note"] == 5
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_memory_that_cannot_be_had_changes_nothing(monkeypatch, k):
     """Of the first step, whose state is new, or later."""
     a, b, ours, plain = pair(Ranger, lr=0.01, k=k)
     run(a, b, ours, plain, range(k - 1))
+
+    real = offload._Rooms.tensors
 
     def none(*args):
         raise torch.OutOfMemoryError("none left")
@@ -222,8 +272,7 @@ def test_memory_that_cannot_be_had_changes_nothing(monkeypatch, k):
     with pytest.raises(torch.OutOfMemoryError):
         ours.step()
     assert [len(ours.state[p]) for p in a] == [len(plain.state[p]) for p in b]
-    monkeypatch.undo()
-    monkeypatch.setattr(offload, "BUCKET", 600)
+    monkeypatch.setattr(offload._Rooms, "tensors", real)
     run(a, b, ours, plain, range(k - 1, k + 4))
 
 

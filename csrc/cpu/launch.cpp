@@ -183,18 +183,24 @@ const Coefficients<T>& of(const StepScalars& scalars) {
   }
 }
 
+// The sum of so many lanes, a power of two, which it takes as room.
 template <typename T>
-T mean_of_slice(const TensorRow& row, int64_t slice) {
-  T sums[kLanes] = {};
-  for (int64_t done = 0; done < row.slice; done += kPieceSize) {
-    const int64_t count = std::min(kPieceSize, row.slice - done);
-    const Chunk piece = {0, slice * row.slice + done, count};
-    kernels_of<T>().add_to_lanes(Values<T>(row, piece, kGrad).data(), count, sums);
-  }
-  for (int left = kLanes / 2; left > 0; left /= 2) {
+T folded(T* sums, int lanes) {
+  for (int left = lanes / 2; left > 0; left /= 2) {
     for (int lane = 0; lane < left; ++lane) sums[lane] += sums[left + lane];
   }
-  return mean(sums[0], row.slice);
+  return sums[0];
+}
+
+// Of a slice that has no more elements than there are lanes; those beyond are 0, and left out.
+template <typename T>
+T sum_of_short_slice(const T* g, int count) {
+  int lanes = 1;
+  while (lanes < count) lanes *= 2;
+  T sums[kLanes];
+  for (int lane = 0; lane < count; ++lane) sums[lane] = T(0) + g[lane];  // -0 becomes 0
+  for (int lane = count; lane < lanes; ++lane) sums[lane] = T(0);
+  return folded(sums, lanes);
 }
 
 // The means of a chunk's slices.
@@ -204,8 +210,21 @@ class Means {
   Means(const TensorRow& row, const Chunk& chunk) : row_(row) {
     if (row.slice == 0) return;
     first_ = chunk.begin / row.slice;
-    means_.resize(chunk.count / row.slice);
-    for (size_t i = 0; i < means_.size(); ++i) means_[i] = mean_of_slice<T>(row, first_ + i);
+    const int64_t slices = chunk.count / row.slice;
+    means_.reserve(slices);
+    if (row.slice > kLanes) {
+      for (int64_t i = 0; i < slices; ++i) add_long(chunk.begin + i * row.slice);
+      return;
+    }
+    const int64_t most = kPieceSize / row.slice * row.slice;  // of elements, read at a time
+    for (int64_t done = 0; done < chunk.count; done += most) {
+      const Chunk piece = {0, chunk.begin + done, std::min(most, chunk.count - done)};
+      const Values<T> g(row, piece, kGrad);
+      for (int64_t i = 0; i < piece.count; i += row.slice) {
+        means_.push_back(
+            mean(sum_of_short_slice(g.data() + i, static_cast<int>(row.slice)), row.slice));
+      }
+    }
   }
 
   // The gradients of a piece of it, as the rule takes them; those themselves are not written.
@@ -222,6 +241,15 @@ class Means {
   }
 
  private:
+  void add_long(int64_t begin) {
+    T sums[kLanes] = {};
+    for (int64_t done = 0; done < row_.slice; done += kPieceSize) {
+      const Chunk piece = {0, begin + done, std::min(kPieceSize, row_.slice - done)};
+      kernels_of<T>().add_to_lanes(Values<T>(row_, piece, kGrad).data(), piece.count, sums);
+    }
+    means_.push_back(mean(folded(sums, kLanes), row_.slice));
+  }
+
   const TensorRow& row_;
   int64_t first_ = 0;
   std::vector<T> means_;
@@ -324,7 +352,10 @@ void Launcher::prepare(const Rows& rows) {
   for (size_t i = 0; i < rows.rows.size(); ++i) {
     const TensorRow& row = rows.rows[i];
     if (row.launcher != index_) continue;
-    const int64_t unit = row.slice == 0 ? kGroup : std::lcm(row.slice, kGroup);
+    int64_t unit = kGroup;
+    if (row.slice != 0) {
+      unit = info_of(row.format).counts_elements() ? std::lcm(row.slice, unit) : row.slice;
+    }
     const int64_t size = std::max(kChunkSize / unit * unit, unit);
     for (int64_t begin = 0; begin < row.numel; begin += size) {
       chunks_.push_back({static_cast<int32_t>(i), begin, std::min(size, row.numel - begin)});

@@ -189,26 +189,31 @@ const Roster::Member& Roster::shard_of(const Mover& mover) {
   const py::object spec = take(PyObject_GetAttr(member.param, kSpec));
   if (!spec.is(member.spec)) {
     python_ran_ = true;
-    std::tie(member.first, member.has_whole_slices) =
-        shard_of_(py::handle(member.param)).cast<std::tuple<int64_t, bool>>();
+    std::tie(member.first, member.has_whole_slices, member.ndim) =
+        shard_of_(py::handle(member.param)).cast<std::tuple<int64_t, bool, int32_t>>();
     member.spec = spec;
   }
   return member;
 }
 
-// How many elements share a mean that their gradients are centralized by; 0: none do.
-int64_t Roster::slice_of(const Mover& mover, const Shape& shape) const {
-  if (!reads_gradients_) return 0;
-  const int32_t dims = centralized_dims_[members_[mover.position].group];
+// How many elements share a mean that their gradients are centralized by; 0: none do. False: that
+// cannot be, of a complex parameter, one that FullyShardedDataParallel has flattened, or a shard
+// that cuts slices.
+bool Roster::find_slice(const Mover& mover, const Shape& shape, int64_t& slice) {
+  static PyObject* const kFlattened = interned("_fsdp_flattened");
+  const Member& member = shard_of(mover);
+  const int32_t dims = reads_gradients_ ? centralized_dims_[member.group] : 0;
+  if (dims == 0) return true;
+  int32_t ndim = member.ndim;
+  if (!is_dtensor(member.param)) {
+    if (PyObject_HasAttr(member.param, kFlattened)) return false;
+    DLTensor found;
+    ndim = exchange_.describe(member.param, &found) ? found.ndim : shape.ndim;
+  }
+  if (ndim < dims) return true;
   const int64_t numel = count_elements(shape);
-  return dims == 0 || shape.ndim < dims || numel == 0 ? 0 : numel / shape.sizes[0];
-}
-
-// Whether it is a real parameter of which the whole slices are here.
-bool Roster::has_slices(const Mover& mover) {
-  DLTensor found;
-  const bool is_complex = exchange_.describe(mover.param, &found) && found.dtype.code == kDLComplex;
-  return !is_complex && shard_of(mover).has_whole_slices;
+  if (numel > 0) slice = numel / shape.sizes[0];
+  return ndim == shape.ndim && member.has_whole_slices;  // pairs have a dimension more
 }
 
 Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool is_pair) {
@@ -229,8 +234,7 @@ Roster::Outcome Roster::enter(const Mover& mover, const Described& found, bool i
   if (next.device_type == kDLCPU) __builtin_prefetch(next.step);
   const bool counts_elements = info_of(next.format).counts_elements();
   if (counts_elements && !is_pair) next.first = shard_of(mover).first;
-  if (!is_pair) next.slice = slice_of(mover, shape);
-  if (next.slice != 0 && !has_slices(mover)) return Outcome::kNeedsPython;
+  if (!is_pair && !find_slice(mover, shape, next.slice)) return Outcome::kNeedsPython;
   bool consecutive = true;
   for (int tensor = 0; tensor < kTensors; ++tensor) {
     if (!belongs(next, mover, tensor)) continue;

@@ -31,6 +31,7 @@ void Roster::enlist(const py::sequence& param_groups) {
   group_count_ = static_cast<int32_t>(PyTuple_GET_SIZE(groups.ptr()));
   weight_roundings_.assign(group_count_, std::string());
   have_outer_momentum_.assign(group_count_, false);
+  const std::vector<int32_t> dims_before = std::move(centralized_dims_);
   centralized_dims_.assign(group_count_, 0);
   bool same = true;
   size_t at = 0;
@@ -57,20 +58,32 @@ void Roster::enlist(const py::sequence& param_groups) {
     const py::object params = as_array(named, "a group's params must be a list");
     for (int32_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++at) {
       PyObject* const param = held_.keep(PySequence_Fast_GET_ITEM(params.ptr(), i));
-      if (at == members_.size()) members_.push_back({nullptr, 0, false, {}, 0, true});
+      if (at == members_.size()) members_.push_back({nullptr, 0, false, {}, 0, true, 0});
       Member& member = members_[at];
       if (member.param == param && member.group == group) continue;
-      member = {param, group, false, {}, 0, true};
+      member = {param, group, false, {}, 0, true, 0};
       same = false;
     }
   }
-  if (same && at == members_.size() && rows_.rows.size() == at) return;
+  if (same && at == members_.size() && rows_.rows.size() == at) {
+    if (centralized_dims_ != dims_before) forget_slices();
+    return;
+  }
   members_.resize(at);
   std::unordered_set<PyObject*> seen;
   for (Member& member : members_) member.again = !seen.insert(member.param).second;
   state_entries_.clear();
   rows_.rows.assign(members_.size(), TensorRow());
   rows_.version = next_version();
+}
+
+// Of rows that may rest in this step, and need no memory for what their group no longer does.
+void Roster::forget_slices() {
+  for (TensorRow& row : rows_.rows) {
+    if (row.slice == 0 || centralized_dims_[row.group] != 0) continue;
+    row.slice = 0;
+    rows_.version = next_version();
+  }
 }
 
 void Roster::find_movers(const py::object& moved) {

@@ -46,9 +46,9 @@ class Roster {
   // float32 scalar beside its parameter. `dtensor`: the type. Functions of Python: `plain(tensor)`,
   // a tensor's own memory as a real tensor; `plain_grad(param)`, likewise its gradient, where the
   // kernels cannot read it as it is; `shard_of(dtensor)`, where in the whole its shard's elements
-  // begin, and whether it has whole slices of its first dimension. None may hold the roster:
-  // Python's garbage collector does not see into it. `first_place`: of the first parameter of the
-  // groups, where these are not all of an optimizer's.
+  // begin, whether it has whole slices along its first dimension, and of how many it is. None may
+  // hold the roster: Python's garbage collector does not see into it. `first_place`: of the first
+  // parameter of the groups, where these are not all of an optimizer's.
   Roster(const pybind11::capsule& exchange_api, const pybind11::sequence& streams,
          pybind11::str step_name, pybind11::object dtensor, pybind11::object plain,
          pybind11::object plain_grad, pybind11::object shard_of, int32_t first_place);
@@ -124,6 +124,7 @@ class Roster {
     pybind11::object spec;  // of a DTensor, and what shard_of() said of it
     int64_t first;
     bool has_whole_slices;
+    int32_t ndim;
   };
   struct StateEntry {
     PyObject* key;     // only ever compared
@@ -149,6 +150,7 @@ class Roster {
 
   static int64_t next_version();  // no two states of any two rosters have the same
   void enlist(const pybind11::sequence& param_groups);
+  void forget_slices();
   void find_movers(const pybind11::object& moved);
   PyObject* gradient_of(PyObject* param);
   void find_state(const pybind11::dict& state);
@@ -169,8 +171,7 @@ class Roster {
   const Kind* kind_of(const Mover& mover, const Described& found, bool is_pair) const;
   bool has_state(const Mover& mover, const Described& found, const FormatInfo& format) const;
   const Member& shard_of(const Mover& mover);
-  int64_t slice_of(const Mover& mover, const Shape& shape) const;
-  bool has_slices(const Mover& mover);
+  bool find_slice(const Mover& mover, const Shape& shape, int64_t& slice);
   void settle_shared_memory(pybind11::list& rest);
 
   TensorExchange exchange_;

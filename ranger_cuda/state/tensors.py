@@ -53,26 +53,27 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def shard_of(param: Tensor) -> tuple[int, bool]:
-    """Where in the whole parameter this rank's elements begin, counted in row-major order, and
-    whether they are whole slices along the first dimension.
+def shard_of(param: Tensor) -> tuple[int, bool, int]:
+    """Where in the whole parameter this rank's elements begin, counted in row-major order; whether
+    they are whole slices along the first dimension; and how many dimensions it has.
 
     The first is 0 where they do not lie side by side there: a DTensor sharded along another
     dimension than its first.
     """
     if not isinstance(param, DTensor):
-        return 0, True
+        return 0, True, param.dim()
     whole_slices = all(
         placement.is_replicate()
         or (isinstance(placement, Shard) and placement.dim % param.dim() == 0)
         for placement in param.placements
     )
-    if not whole_slices or not param.dim():
-        return 0, whole_slices
-    _, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    return offset[0] * param.shape[1:].numel(), not param.is_complex()
+    first = 0
+    if whole_slices and param.dim():
+        _, offset = compute_local_shape_and_global_offset(
+            param.shape, param.device_mesh, param.placements
+        )
+        first = offset[0] * param.shape[1:].numel()
+    return first, whole_slices, param.dim()
 
 
 def is_fsdp1_s(param: Tensor) -> bool:

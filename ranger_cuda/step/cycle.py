@@ -30,6 +30,7 @@ class Cycle(NamedTuple):
     may_move: list[bool]  # for each parameter
     any_may_move: bool  # those that get a gradient meanwhile
     first: dict[Tensor, dict[str, Tensor]]  # the slow weights of parameters that have none
+    offloaded: OffloadedPull | None = None  # what pulls, where slow weights are on the host
 
 
 def begin(
@@ -45,7 +46,7 @@ def begin(
 
     Args:
         any_may_move: the inner step calls a closure, which makes the gradients.
-        offloaded: what pulls where slow weights are on the host.
+        offloaded: what pulls, where slow weights are on the host.
     """
     groups = [{**group, "params": [*group["params"]]} for group in param_groups]
     hypers = [interpolation(group) for group in groups]
@@ -78,7 +79,7 @@ def begin(
                 _check_offloaded(member, groups, {**state.get(member.param, {})})
         for param, slow in first.items():
             first[param] = {name: on_host(value, param) for name, value in slow.items()}
-        return Cycle(groups, hypers, may_move, any_may_move, first)
+        return Cycle(groups, hypers, may_move, any_may_move, first, offloaded)
     if first:  # as if they were there
         state = {param: {**state.get(param, {})} for param, _, _ in found}
         for param, slow in first.items():
@@ -93,13 +94,11 @@ def begin(
     return Cycle(groups, hypers, may_move, any_may_move, first)
 
 
-def pull(
-    dispatcher: Dispatcher, state: Any, cycle: Cycle, offloaded: OffloadedPull | None = None
-) -> None:
+def pull(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> None:
     """Count a step of the parameters that moved, and interpolate where a cycle ends."""
     moved = commit(dispatcher, state, cycle)
-    if offloaded is not None:
-        offloaded.step(cycle.groups, state, new_count, cycle.hypers, moved)
+    if cycle.offloaded is not None:
+        cycle.offloaded.step(cycle.groups, state, new_count, cycle.hypers, moved)
     else:
         dispatcher.step(cycle.groups, state, new_count, cycle.hypers, moved=moved)
 

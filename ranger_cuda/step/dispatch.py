@@ -263,6 +263,10 @@ class Dispatcher:
             step.commit()
             self._get_ready(step, self._find(step))
 
+    def scratch_sizes(self) -> dict[torch.device, int]:
+        """How many bytes of each device a launch of what was collected takes besides."""
+        return {} if self._native is None else self._native.scratch_sizes()
+
     def undo(self) -> None:
         """Take the state away again that :meth:`rehearse` left."""
         if self._step is not None:
@@ -290,7 +294,9 @@ class Dispatcher:
                     scaling = measure(self, scaling)
                 on_host = bool(self._rows) or (native is not None and native.on_host())
                 inputs = StepInputs.of(hypers, scaling, on_host=on_host)
-            except BaseException:  # a table or a kernel that cannot be had
+                if native is not None:
+                    native.reserve()
+            except BaseException:  # a table, memory or a kernel that cannot be had
                 step.undo()
                 raise
             if inputs is None:

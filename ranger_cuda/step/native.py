@@ -176,20 +176,29 @@ class Native:
 
     def prepare(self) -> None:
         """Get ready for a launch of what the roster has collected. May fail; changes nothing."""
-        for index, launcher in enumerate(self.launchers):
+        for launcher in self.launchers:
             try:
-                self._prepare(index, launcher)
+                launcher.kernels.prepare(self.roster)
             except torch.OutOfMemoryError:
                 if is_capturing():
                     raise
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
-                self._prepare(index, launcher)
+                launcher.kernels.prepare(self.roster)
 
-    def _prepare(self, index: int, launcher: Launcher) -> None:
-        launcher.kernels.prepare(self.roster)
-        size = 0 if launcher.backend == "cpu" else launcher.kernels.scratch_size
-        if size:
-            self._scratch[index] = torch.empty(size, dtype=torch.uint8, device=launcher.device)
+    def scratch_sizes(self) -> dict[torch.device, int]:
+        """How many bytes :meth:`reserve` takes on each device."""
+        sizes: dict[torch.device, int] = {}
+        for backend, device, kernels in self.launchers:
+            if backend != "cpu" and kernels.scratch_size:
+                sizes[device] = sizes.get(device, 0) + kernels.scratch_size
+        return sizes
+
+    def reserve(self) -> None:
+        """Take the memory that :meth:`launch` needs besides, and that is free after it."""
+        for index, (backend, device, kernels) in enumerate(self.launchers):
+            if backend != "cpu" and kernels.scratch_size:
+                size = kernels.scratch_size
+                self._scratch[index] = torch.empty(size, dtype=torch.uint8, device=device)
 
     def release(self) -> None:
         """Let go of what was collected and prepared."""
@@ -222,6 +231,7 @@ class Native:
             else:
                 signals = Signals.of(inputs.hypers, inputs.scaling, device)
                 kernels.launch(self.roster, numbers, signals, self._scratch.get(index))
+        self._scratch.clear()
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)
 

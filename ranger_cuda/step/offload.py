@@ -11,6 +11,7 @@ like any other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,17 +20,16 @@ from torch import Tensor
 
 from ..backends import support
 from ..backends.scaling import NO_SCALING, Scaling
-from ..state.checkpoint import is_step_tensor
+from ..state.checkpoint import CPU, is_step_tensor
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import SLOW_PARTS, new_state, without_slow_weight
 from ..state.tensors import DTensor, check_state, is_capturing, on_accelerator
-from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
+from .algorithms import LOOKAHEAD, Algorithm, Member, Name, is_at_rest, members
 from .dispatch import Dispatcher
 from .interrupts import Deferred
 from .native import Groups, State
 from .python_step import ON_HOST, NewState
 
-HOST = torch.device("cpu")
 PARTS = (*SLOW_PARTS, "outer_momentum_buffer")  # of a state, that live there
 BUCKET = 64 << 20  # bytes of parameters that move at a time; those of the next are on their way
 ALIGNMENT = 256
@@ -52,7 +52,9 @@ class Count(NamedTuple):
 
 
 class Counts:
-    """How often parameters have moved, as far as the host has followed them.
+    """How often parameters have moved, which the host follows where it would have to wait for it.
+    Whoever writes to a count on a device, past what torch notices (``.data``, a collective), has
+    it read again by ``load_state_dict``.
 
     By their ids: no parameter is referred to, weakly or not, or torch would not swap its memory.
     """
@@ -75,7 +77,8 @@ class Counts:
         self._known = {key: its for key, its in self._known.items() if key in ids}
         for param, steps in before.items():
             step = state[param][self._name]
-            self._known[id(param)] = Count(step, step._version, min(steps + 1, MOST_STEPS))
+            if on_accelerator(step) and not step.is_inference():  # others are read when needed
+                self._known[id(param)] = Count(step, step._version, min(steps + 1, MOST_STEPS))
 
 
 class Offload:
@@ -126,8 +129,8 @@ class Offload:
                 if not ends:
                     bare.launch(hypers, scaling, measure)
                 else:
-                    bare.rehearse()
                     try:
+                        bare.rehearse()
                         scaling = measure(bare, scaling)
                         buckets.collect(param_groups, state, make_state, slow)
                     except BaseException:
@@ -210,7 +213,7 @@ class OffloadedPull:
                 count = its.get(LOOKAHEAD.step_name)
                 if ends or not (isinstance(count, Tensor) and is_step_tensor(count, count.device)):
                     on_host_too = support.choose(self._backend, param, name) in ON_HOST
-                    device = HOST if on_host_too else param.device
+                    device = CPU if on_host_too else param.device
                     its.update(make_state(param, param_groups[group], its, device))
         if ends:
             slow = {m.param: self._slow_weight(m, param_groups, state) for m in first.values()}
@@ -244,6 +247,7 @@ class Buckets:
         self._whole = whole
         self._runs: list[range] = []
         self._buckets: list[Dispatcher] = []
+        self._transfers = Transfers(())
         self._slow: SlowWeights = {}
         self._staged: list[SlowWeights] = []
 
@@ -276,11 +280,14 @@ class Buckets:
             }
             may_move = None if moved is None else [*moved[run.start : run.stop]]
             bucket.collect(part, beside, make_state, may_move)
+        for bucket in self._buckets:  # so much is there, and free for one launch after the other
+            for device, size in bucket.scratch_sizes().items():
+                torch.empty(size, dtype=torch.uint8, device=device)
+        self._transfers = Transfers({param.device for its in self._staged for param in its})
 
     def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
         """Move what was collected. It is over, and slow weights are back, when this returns."""
-        staged = self._staged
-        transfers = Transfers({param.device for its in staged for param in its})
+        staged, transfers = self._staged, self._transfers
         try:
             for i, bucket in enumerate(self._buckets):
                 for j in (0, 1) if i == 0 else (i + 1,):
@@ -295,6 +302,7 @@ class Buckets:
     def release(self) -> None:
         """Let go of what was collected, and of the devices' memory."""
         self._slow, self._staged = {}, []
+        self._transfers = Transfers(())
         for bucket in self._buckets:
             bucket.release()
 
@@ -337,6 +345,11 @@ def first_of_each(param_groups: Groups) -> list[Member]:
     return list(found.values())
 
 
+def is_away(param_groups: Groups) -> bool:
+    """Whether any parameter is on another device than its slow weight."""
+    return any(on_accelerator(param) for group in param_groups for param in group["params"])
+
+
 def check(member: Member) -> None:
     """Raise if a parameter's slow weight cannot be on the host."""
     if isinstance(member.param, DTensor):
@@ -344,34 +357,44 @@ def check(member: Member) -> None:
             f"{member.name} is a DTensor, and slow_device keeps those of plain tensors only: leave "
             "it None, or let FSDP2 keep the state on the host (CPUOffloadPolicy)"
         )
-    if on_accelerator(member.param) and is_capturing():
+    device = member.param.device
+    if not on_accelerator(member.param):
+        return
+    if device.type != "cpu" and not hasattr(torch.get_device_module(device), "Stream"):
+        raise RuntimeError(
+            f"{member.name} is on {device}, which has no streams for slow_device to copy on; leave "
+            "it None"
+        )
+    if is_capturing():
         raise RuntimeError(
             "a step with slow_device cannot be captured in a CUDA graph: the host decides whether "
             "slow weights are needed"
         )
 
 
-def settle(state: State) -> None:
-    """Bring slow weights that were loaded or copied back to the host."""
-    for param, its in state.items():
-        for name in PARTS:
-            if name in its:
-                its[name] = on_host(its[name], param)
+def settle(param: Tensor, state: dict[str, Any]) -> None:
+    """Bring a slow weight that was loaded or copied to the host."""
+    for name in PARTS:
+        if isinstance(state.get(name), Tensor):
+            state[name] = on_host(state[name], param)
 
 
 def on_host(value: Tensor, param: Tensor) -> Tensor:
-    """The same on the host, where devices copy it without waiting."""
+    """The same on the host, where devices copy it without waiting, and steps can write to it."""
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        value = value.clone()
     if not on_accelerator(param):
         return value
     can_pin = torch.accelerator.is_available()
-    if value.device == HOST and (value.is_pinned() or not can_pin):
+    if value.device == CPU and (value.is_pinned() or not can_pin):
         return value
-    return torch.empty_like(value, device=HOST, pin_memory=can_pin).copy_(value)
+    with torch.inference_mode(False):  # what is made in it could not be written outside
+        return torch.empty_like(value, device=CPU, pin_memory=can_pin).copy_(value)
 
 
 def check_device(slow_device: Any) -> None:
     """Raise unless slow weights can be there."""
-    if slow_device is not None and torch.device(slow_device) != HOST:
+    if slow_device is not None and torch.device(slow_device) != CPU:
         raise ValueError(
             f"Invalid slow_device value: {slow_device!r}; slow weights are beside their parameters "
             '(None) or on the host ("cpu")'
@@ -381,18 +404,13 @@ def check_device(slow_device: Any) -> None:
 def _part_of(param_groups: Groups, run: range, taken: set[Tensor]) -> list[dict[str, Any]]:
     """The groups with no more than these parameters. One that is named again moves only once:
     nothing is in its place."""
-    part = []
-    at = 0
-    for group in param_groups:
-        its = slice(max(run.start - at, 0), max(run.stop - at, 0))
-        params = [
-            torch.empty(0, device="cpu") if param in taken else param
-            for param in group["params"][its]
-        ]
-        names = group.get("param_names")
-        part.append({**group, "params": params, "param_names": names and names[its]})
-        taken.update(params)
-        at += len(group["params"])
+    part: list[dict[str, Any]] = [{**g, "params": [], "param_names": []} for g in param_groups]
+    for member in itertools.islice(members(param_groups), run.start, run.stop):
+        nobody = member.param in taken
+        its = part[member.group]
+        its["params"].append(torch.empty(0, device="cpu") if nobody else member.param)
+        its["param_names"].append(Name(member.name))
+        taken.add(member.param)
     return part
 
 

@@ -151,8 +151,10 @@ class FusedOptimizer(Optimizer):
     def _step_with(self, dispatcher: Dispatcher) -> None:
         self.grad_norm = None
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not on_accelerator(found_inf) and found_inf != 0.0:
-            return
+        if found_inf is not None and not on_accelerator(found_inf):
+            if found_inf != 0.0:
+                return
+            found_inf = None  # GradScaler's is an int where there is no gradient
         try:
             hypers = [self._check_group(group) for group in self.param_groups]
             scaling = Scaling(getattr(self, "grad_scale", None), found_inf, None)
@@ -160,8 +162,10 @@ class FusedOptimizer(Optimizer):
             clips = any(hyper.max_grad_norm < math.inf for hyper in hypers)
             measure = self._measured if clips or nonfinite != "propagate" else None
             found = self.param_groups, self.state, self._new_state
-            if self._offload is not None:
-                self._offload.step(*found, hypers, scaling, measure)
+            moved_apart = self._offload
+            if moved_apart is not None and offload.is_away(self.param_groups):
+                new_state = partial(self._new_state, algorithm=moved_apart.moving)
+                moved_apart.step(*found[:2], new_state, hypers, scaling, measure)
             elif measure is not None:
                 dispatcher.collect(*found)
                 dispatcher.launch(hypers, scaling, measure)
@@ -205,9 +209,10 @@ class FusedOptimizer(Optimizer):
         group: dict[str, Any],
         state: dict[str, Any],
         step_device: torch.device,
+        algorithm: Algorithm | None = None,
     ) -> dict[str, Any]:
         """What ``state`` lacks for a first step, or for a step after a change of dtype."""
-        algorithm = self._algorithm if self._offload is None else self._offload.moving
+        algorithm = algorithm or self._algorithm
         new: dict[str, Any] = {}
         if not is_step_tensor(state.get("step"), step_device):
             new["step"] = step_tensor(state.get("step", 0.0), step_device)
@@ -363,7 +368,10 @@ class FusedOptimizer(Optimizer):
                 saved = state["state"].get(param)
                 if isinstance(saved, Shielded):
                     format = self._algorithm.format_of(param, {**self.defaults, **group})
-                    state["state"][param] = restore_state(param, saved.state, format)
+                    restored = restore_state(param, saved.state, format)
+                    if self._options.get("slow_device") is not None:
+                        offload.settle(param, restored)  # one after the other, for their memory
+                    state["state"][param] = restored
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
@@ -375,4 +383,5 @@ class FusedOptimizer(Optimizer):
                 group.setdefault(name, known[name])
         eval_mode.mark(self.param_groups, self._options)
         if self._offload is not None:
-            offload.settle(self.state)
+            for param, _, _ in members(self.param_groups):
+                offload.settle(param, self.state.get(param, {}))

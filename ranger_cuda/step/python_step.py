@@ -122,11 +122,13 @@ class PythonStep:
         centralize = self.param_groups[group].get("centralize")
         if centralize is None:
             return
-        if param.is_complex():
-            why = "it is complex"
-        elif is_fsdp1_s(param):
+        if is_fsdp1_s(param):
             why = "FullyShardedDataParallel keeps it flat; fully_shard keeps slices whole"
-        elif self._is_centralized(param, group) and not shard_of(param)[1]:
+        elif not self._is_centralized(param, group):
+            return
+        elif param.is_complex():
+            why = "it is complex"
+        elif not shard_of(param)[1]:
             why = "its shards cut the slices along its first dimension"
         else:
             return
