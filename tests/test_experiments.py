@@ -42,7 +42,7 @@ def lines(path: Path) -> list[dict]:
 
 
 # What they would show of the harness, others show in less time.
-LONG = {"gradient_histograms", "learning_rates", "lookahead_sweep", "outer_momentum"}
+LONG = {"comparison", "gradient_histograms", "learning_rates", "lookahead_sweep", "outer_momentum"}
 
 
 def without_times(value: object) -> object:

@@ -84,7 +84,7 @@ def test_every_bit_of_parameters_and_state_is_the_reference_s(target, drawn, see
 
 @pytest.mark.parametrize("target", ["interpreted"], indirect=True)
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(models, st.integers(0, 2**31))
 def test_every_bit_in_triton_s_interpreter_is_the_reference_s(target, drawn, seed):

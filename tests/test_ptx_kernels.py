@@ -134,7 +134,7 @@ def test_steps_are_the_reference_s_at_any_alignment_and_stay_within_their_memory
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("packs_too_many", "no_sync") else pytest.mark.ptx)
+        pytest.param(name, marks=() if name == "packs_too_many" else pytest.mark.ptx)
         for name in DEFECTS
     ],
 )

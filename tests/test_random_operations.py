@@ -19,7 +19,7 @@ from operations.registry import EVERY, OPERATIONS
 from operations.runner import Sequence, shrink
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="plays in forked processes")
-NUMBER = int(os.environ.get("RANGER_OPERATIONS", 6000)) // len(EVERY)
+NUMBER = int(os.environ.get("RANGER_OPERATIONS", 5600)) // len(EVERY)
 SEED = 0 if "CI" in os.environ else random.randrange(10**6)
 
 
