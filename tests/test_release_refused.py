@@ -30,6 +30,26 @@ def test_it_is_refused_where_gradients_are_no_steps_yet():
     assert all(p.grad is not None for p in params)  # none of these left a hook
 
 
+def test_a_parameter_is_released_by_one_optimizer():
+    p, q, r = (Parameter(torch.ones(3)) for _ in range(3))
+    first, handle = released(RAdam([p]))
+    both = Ranger([q, p])
+    with pytest.raises(RuntimeError, match="released by another optimizer"):
+        both.release_gradients()
+    second, _ = released(Ranger([r]))
+    with pytest.raises(RuntimeError, match="released by another optimizer"):
+        second.add_param_group({"params": [q, p]})
+    assert len(second.param_groups) == 1
+    q.sum().backward()
+    assert q.grad is not None  # nobody has a hook on it
+    handle.remove()
+    q.grad = None
+    both.release_gradients()
+    (p.sum() + q.sum()).backward()
+    assert both.state[p]["step"] == both.state[q]["step"] == 1
+    assert not first.state
+
+
 @pytest.mark.parametrize(
     ("key", "value", "error"),
     [

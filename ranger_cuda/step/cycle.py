@@ -74,9 +74,10 @@ def begin(
             for param, group, _ in lacking
         }
     if offloaded is not None:
-        for member, moves in zip(found, may_move, strict=True):
-            if moves:
-                _check_offloaded(member, groups, {**state.get(member.param, {})})
+        movers = [member for member, moves in zip(found, may_move, strict=True) if moves]
+        check(movers)
+        for member in movers:
+            _check_offloaded(member, groups, {**state.get(member.param, {})})
         for param, slow in first.items():
             first[param] = {name: on_host(value, param) for name, value in slow.items()}
         return Cycle(groups, hypers, may_move, any_may_move, first, offloaded)
@@ -126,7 +127,6 @@ def commit(dispatcher: Dispatcher, state: Any, cycle: Cycle) -> list[bool]:
 
 
 def _check_offloaded(member: Member, groups: Groups, state: dict[str, Any]) -> None:
-    check(member)
     check_param(member.param, member.name)
     format = LOOKAHEAD.format_for(member.param, groups[member.group], state)
     parts = [part for part in format.parts(LOOKAHEAD.streams) if part.name in state]

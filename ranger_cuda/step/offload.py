@@ -116,8 +116,7 @@ class Offload:
                 been changed then.
         """
         movers = [m for m in first_of_each(param_groups) if m.param.grad is not None]
-        for member in movers:
-            check(member)
+        check(movers)
         bare, buckets = self._bare, self._buckets
         measure = _deciding(measure)
         try:
@@ -350,26 +349,25 @@ def is_away(param_groups: Groups) -> bool:
     return any(on_accelerator(param) for group in param_groups for param in group["params"])
 
 
-def check(member: Member) -> None:
-    """Raise if a parameter's slow weight cannot be on the host."""
-    if isinstance(member.param, DTensor):
-        raise RuntimeError(
-            f"{member.name} is a DTensor, and slow_device keeps those of plain tensors only: leave "
-            "it None, or let FSDP2 keep the state on the host (CPUOffloadPolicy)"
-        )
-    device = member.param.device
-    if not on_accelerator(member.param):
-        return
-    if device.type != "cpu" and not hasattr(torch.get_device_module(device), "Stream"):
-        raise RuntimeError(
-            f"{member.name} is on {device}, which has no streams for slow_device to copy on; leave "
-            "it None"
-        )
+def check(movers: Iterable[Member]) -> None:
+    """Raise if slow weights of these cannot be on the host."""
     if is_capturing():
         raise RuntimeError(
             "a step with slow_device cannot be captured in a CUDA graph: the host decides whether "
             "slow weights are needed"
         )
+    for param, _, name in movers:
+        if isinstance(param, DTensor):
+            raise RuntimeError(
+                f"{name} is a DTensor, and slow_device keeps slow weights of plain tensors only: "
+                "leave it None, or let FSDP2 keep the state on the host (CPUOffloadPolicy)"
+            )
+        kind = param.device.type
+        if kind != "cpu" and not hasattr(torch.get_device_module(kind), "Stream"):
+            raise RuntimeError(
+                f"{name} is on {param.device}, which has no streams for slow_device to copy on; "
+                "leave it None"
+            )
 
 
 def settle(param: Tensor, state: dict[str, Any]) -> None:

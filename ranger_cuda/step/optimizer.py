@@ -247,12 +247,13 @@ class FusedOptimizer(Optimizer):
             accumulate.
 
         Raises:
-            RuntimeError: gradients are released already, a group has ``max_grad_norm``, the
-                optimizer has ``amp_scaling`` or a ``nonfinite_grad_norm`` that skips or raises, or
-                parameters are DistributedDataParallel's or FullyShardedDataParallel's. If it comes
-                to that later, ``backward()`` raises it before anything moves, and whatever
-                ``step()`` would raise of a hyperparameter. What ``step()`` would raise of a
-                gradient leaves that parameter as it is.
+            RuntimeError: gradients are released already, a parameter's by another optimizer, a
+                group has ``max_grad_norm``, the optimizer has ``slow_device``, ``amp_scaling`` or a
+                ``nonfinite_grad_norm`` that skips or raises, or parameters are
+                DistributedDataParallel's or FullyShardedDataParallel's. If it comes to that later,
+                ``backward()`` raises it before anything moves, and whatever ``step()`` would raise
+                of a hyperparameter. What ``step()`` would raise of a gradient leaves that parameter
+                as it is.
         """
         if self._release is not None:
             raise RuntimeError(
@@ -309,7 +310,11 @@ class FusedOptimizer(Optimizer):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._release is not None:
-            self._release.watch(self.param_groups[-1]["params"])
+            try:
+                self._release.watch(self.param_groups[-1]["params"])
+            except BaseException:
+                self.param_groups.pop()
+                raise
         eval_mode.mark(self.param_groups, self._options)
 
     def state_dict(self) -> dict[str, Any]:

@@ -64,7 +64,20 @@ class GradientRelease:
             self._pauses -= 1
 
     def watch(self, params: Iterable[Tensor]) -> None:
-        """Have these parameters released, too."""
+        """Have these parameters released, too.
+
+        Raises:
+            RuntimeError: one of them is by another optimizer, which would free its gradient.
+        """
+        params = list(params)
+        for param in params:
+            for known in (param._post_accumulate_grad_hooks or {}).values():
+                other = getattr(known, "release", lambda: None)()
+                if other not in (None, self):
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(param.shape)} is released by another "
+                        "optimizer, after which there is no gradient left for this one"
+                    )
         hook = _hook(weakref.ref(self))
         for param in params:
             trains = param.requires_grad
@@ -151,6 +164,7 @@ def _hook(release: weakref.ref[GradientRelease]) -> Callable[[Tensor], None]:
         if its is not None:
             its.move(param)
 
+    hook.release = release
     return hook
 
 
