@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from helpers import assert_same, assert_same_bits, give_gradients, twins
 from ranger_cuda import Lookahead, RAdam, Ranger
-from ranger_cuda.step import native, offload
+from ranger_cuda.step import buckets, native, offload, transfers
 
 SHAPES = [(70,), (3, 5), (), (0,), (40, 9), (5000,)]
 
@@ -21,7 +21,7 @@ SHAPES = [(70,), (3, 5), (), (0,), (40, 9), (5000,)]
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     """And parameters of the CPU as if they were on a device."""
-    monkeypatch.setattr(offload, "BUCKET", 600)
+    monkeypatch.setattr(buckets, "BUCKET", 600)
     monkeypatch.setattr(offload, "is_away", lambda param_groups: True)
 
 
@@ -233,7 +233,7 @@ def test_what_fails_before_anything_moves_leaves_no_state(monkeypatch, where):
         if where == "prepare":
             patch.setattr(native.Native, "prepare", fail)
         else:
-            patch.setattr(offload, "Transfers", lambda devices: fail() if devices else None)
+            patch.setattr(buckets, "Transfers", lambda devices: fail() if devices else None)
         give_gradients(gradients(SHAPES, 0), a)
         with pytest.raises(torch.OutOfMemoryError):
             ours.step()
@@ -262,17 +262,17 @@ def test_memory_that_cannot_be_had_changes_nothing(monkeypatch, k):
     a, b, ours, plain = pair(Ranger, lr=0.01, k=k)
     run(a, b, ours, plain, range(k - 1))
 
-    real = offload._Rooms.tensors
+    real = buckets.Rooms.tensors
 
     def none(*args):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(offload._Rooms, "tensors", none)
+    monkeypatch.setattr(buckets.Rooms, "tensors", none)
     give_gradients(gradients(SHAPES, k - 1), a)
     with pytest.raises(torch.OutOfMemoryError):
         ours.step()
     assert [len(ours.state[p]) for p in a] == [len(plain.state[p]) for p in b]
-    monkeypatch.setattr(offload._Rooms, "tensors", real)
+    monkeypatch.setattr(buckets.Rooms, "tensors", real)
     run(a, b, ours, plain, range(k - 1, k + 4))
 
 
@@ -290,8 +290,8 @@ def test_a_parameter_that_is_named_twice_moves_once(build):
 def test_between_syncs_no_memory_is_taken(monkeypatch):
     a, _, ours, _ = pair(Ranger, lr=0.01, k=4)
     taken = []
-    real = offload._Rooms.tensors
-    monkeypatch.setattr(offload._Rooms, "tensors", lambda *args: taken.append(1) or real(*args))
+    real = buckets.Rooms.tensors
+    monkeypatch.setattr(buckets.Rooms, "tensors", lambda *args: taken.append(1) or real(*args))
     for step in range(8):
         taken.clear()
         give_gradients(gradients(SHAPES, step), a)
@@ -365,21 +365,21 @@ def happened(monkeypatch) -> Callable[[int], dict[str, frozenset]]:
     module = SimpleNamespace(Stream=make, current_stream=lambda device: current, stream=Within)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(
-        offload, "_copy", lambda pairs: [within[-1].did(p) for p in pairs if within]
+        transfers, "_copy", lambda pairs: [within[-1].did(p) for p in pairs if within]
     )
 
-    def play(buckets: int) -> dict[str, frozenset]:
+    def play(count: int) -> dict[str, frozenset]:
         device = torch.device("cuda", 0)
-        transfers = offload.Transfers([device])
-        (lane,) = transfers._lanes
-        for i in range(buckets):
+        its = transfers.Transfers([device])
+        (lane,) = its._lanes
+        for i in range(count):
             for j in (0, 1) if i == 0 else (i + 1,):
-                if j < buckets:
+                if j < count:
                     lane.fetch(j, [f"in {j}"])
-            transfers.arrived(i)
+            its.arrived(i)
             current.did(f"launch {i}")
             lane.bring_back(i, [f"out {i}"])
-        transfers.finish()
+        its.finish()
         return dict(log)
 
     return play

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import assert_same, assert_same_bits, give_gradients, twins, with_gradients
 from ranger_cuda import Ranger
 from ranger_cuda.backends import triton_launcher, triton_tables
-from ranger_cuda.backends.triton_tables import TensorRow
+from ranger_cuda.backends.triton_rows import TensorRow, number_words, word
 from ranger_cuda.state.tensors import plain_grad
 from targets import interpreted_kernels
 
@@ -266,7 +266,7 @@ def test_addresses_in_the_upper_half_are_words_in_two_s_complement(interpreted, 
     streams = [-64, 0, -64, -64, -64, -64] + [0] * 6
     assert tables._tables.records.tolist() == [[*streams, 4, -64, 0, 96, 2, 0, 0, 3]]
     number = SimpleNamespace(data_ptr=lambda: upper, dtype=torch.float64)
-    assert triton_tables.number_words(number) == [-64, 1]
+    assert number_words(number) == [-64, 1]
 
     optimizer = Ranger(with_gradients(torch.randn(5)), backend="triton")
     optimizer.step()
@@ -287,7 +287,7 @@ def test_a_tensor_of_more_than_2_to_the_31_elements_is_addressed_right():
     expected = [stream.clone() for stream in streams]
     layout = torch.tensor([1, begin + length] + [1] * 12)
     for strided in (False, True):
-        words = [triton_tables.word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
+        words = [word((s.data_ptr() - 4 * begin) % 2**64) for s in streams]
         beside = [0] * 6
         record = torch.tensor([[*words, *beside, begin + length, 0, layout.data_ptr(), 0, 0, 0]])
         record[0, 1] = 0

@@ -21,6 +21,7 @@
 #include "../roster/roster.h"
 #include "bound_launcher.h"
 #include "build_info.h"
+#include "tables.h"
 
 namespace py = pybind11;
 
@@ -279,59 +280,6 @@ py::dict build_info() {
   device["devices"] = report.devices;
   info["cuda_device"] = device;
   return info;
-}
-
-// The rows of RANGER_FORMATS: name, the arithmetic's dtype, and the codecs of param, exp_avg,
-// exp_avg_sq, slow_param and outer_momentum_buffer.
-py::list format_rows() {
-  py::list rows;
-  for (const FormatInfo& format : kFormatInfos) {
-    const auto name = [&](Stream stream) { return info_of(format.codecs[stream]).name; };
-    rows.append(py::make_tuple(format.name, info_of(format.value).name, name(kParam), name(kExpAvg),
-                               name(kExpAvgSq), name(kSlowParam), name(kOuterMomentumBuffer)));
-  }
-  return rows;
-}
-
-// The codecs: name, dtype, that of what is stored beside it or None, whether it rounds
-// stochastically, and whether elements share something.
-py::list codec_rows() {
-  py::list rows;
-  for (const CodecInfo& codec : kCodecInfos) {
-    const py::object rest =
-        codec.has_rest() ? py::object(py::str(info_of(codec.rest).name)) : py::object(py::none());
-    rows.append(py::make_tuple(codec.name, info_of(codec.stored).name, rest, codec.is_random,
-                               codec.is_grouped));
-  }
-  return rows;
-}
-
-// Where the fields of the device tables stand, in 8-byte words: the Triton kernels have the same.
-py::dict table_layout() {
-  const auto words = [](size_t bytes) { return bytes / 8; };
-  py::dict layout;
-  layout["row_words"] = words(sizeof(cuda::DeviceRow));
-  layout["numel"] = words(offsetof(cuda::DeviceRow, numel));
-  layout["step"] = words(offsetof(cuda::DeviceRow, step));
-  layout["layout"] = words(offsetof(cuda::DeviceRow, layout));
-  layout["first"] = words(offsetof(cuda::DeviceRow, first));
-  layout["group"] = words(offsetof(cuda::DeviceRow, group));
-  layout["slice"] = words(offsetof(cuda::DeviceRow, slice));
-  layout["scratch"] = words(offsetof(cuda::DeviceRow, scratch));
-  layout["place"] = words(offsetof(cuda::DeviceRow, place));
-  layout["rest_of"] = kRestOf;
-  layout["scalar_words"] = words(sizeof(cuda::RowScalars));
-  layout["coefficients"] = words(offsetof(cuda::RowScalars, f64));
-  layout["keys"] = words(offsetof(cuda::RowScalars, keys));
-  layout["group_words"] = cuda::kGroupWords;
-  layout["seed"] = words(offsetof(Hyperparameters, seed));
-  layout["active"] = cuda::kActive;
-  layout["rectified"] = cuda::kRectified;
-  layout["l2"] = cuda::kL2;
-  layout["sync"] = cuda::kSync;
-  layout["outer"] = cuda::kOuter;
-  layout["bounded"] = cuda::kBounded;
-  return layout;
 }
 
 }  // namespace

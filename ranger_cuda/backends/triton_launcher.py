@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..state.tensors import is_capturing
-from .triton_tables import DeviceTables, TensorRow, group_words, on_device, signal_words
+from .triton_rows import TensorRow, group_words, signal_words
+from .triton_tables import DeviceTables, on_device
 
 if TYPE_CHECKING:
     from .scaling import Signals

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ..state import formats
 from .reference import LANES
+from .triton_rows import FORMATS, TensorRow, layout_words, parts_of, word
 
 if TYPE_CHECKING:
-    from .scaling import Signals
+    pass
 
 # Elements of a program, a power of two times BLOCK; and those that its threads hold at a time.
 CHUNK = 8192
 BLOCK = {torch.float32: 1024, torch.float64: 512}
-GRAD, ALIGNMENT = 1, 16
+ALIGNMENT = 16
 SCHEDULE_BLOCK = 128
-FORMATS = {format.name: format for format in formats.FORMATS}
 NUM_WARPS = 4
 
 
@@ -35,54 +35,6 @@ def load_kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels
-
-
-def word(address: int) -> int:
-    """An address as a table has it: in two's complement, for devices that use the upper half."""
-    return address - (1 << 64) if address >> 63 else address
-
-
-class TensorRow(NamedTuple):
-    """One parameter, as ``_C.Roster`` tells of it (``csrc/formats/rows.h``).
-
-    Addresses are in bytes, strides in elements and in the order of the parameter's memory,
-    dimensions of one element left out.
-    """
-
-    numel: int
-    format: str  # of ranger_cuda.state.formats
-    grad_dtype: int  # its place in formats.GRAD_DTYPES
-    group: int
-    step: int  # address of its count
-    first: int  # of its elements, in the whole parameter that it is a shard of
-    slice: int  # elements that share a mean their gradients are centralized by; 0: none
-    place: int  # counted through the groups
-    sizes: list[int]  # empty where all streams are consecutive, as their strides
-    # Addresses of parameter, gradient, exp_avg, exp_avg_sq and slow_param, then of what is stored
-    # beside each; 0: none.
-    data: list[int]
-    strides: list[list[int]]  # of the same; empty: its elements are consecutive
-
-    @property
-    def slices(self) -> int:
-        """How many slices of gradients are centralized."""
-        return self.numel // self.slice if self.slice else 0
-
-    def centralized(self) -> TensorRow:
-        """What the step reads where gradients are centralized: values side by side."""
-        if not self.slice:
-            return self
-        strides = [[] if i == GRAD else its for i, its in enumerate(self.strides)]
-        dtype = formats.GRAD_DTYPES.index(FORMATS[self.format].value)
-        return self._replace(grad_dtype=dtype, strides=strides)
-
-
-def consecutive(sizes: Sequence[int]) -> list[int]:
-    """The strides of elements side by side."""
-    strides = [1] * len(sizes)
-    for i in range(len(sizes) - 1, 0, -1):
-        strides[i - 1] = strides[i] * sizes[i]
-    return strides
 
 
 class Launch(NamedTuple):
@@ -159,6 +111,7 @@ class DeviceTables:
         self.gradients = np.zeros(len(rows), dtype=np.int64)  # addresses, in the order of ``rows``
         self._last_inputs = inputs
         self._host: Tensor | None = None
+        self._raw: tuple[Tensor, Tensor] | None = None
         self._capturing = False
         self._try_out(tried)
 
@@ -227,13 +180,10 @@ class DeviceTables:
         Fresh each time: the last one may still be on its way to the device.
         """
         self._capturing = capturing
-        pinned = self.device.type != "cpu"
-        size = len(self._tables.inputs)
-        self._host = (
-            None
-            if capturing
-            else torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=pinned)
-        )
+        self._host = None if capturing else self._host_words(len(self._tables.inputs))
+        self._raw = None
+        if self.scratch_size and not capturing:
+            self._raw = self._room_for_addresses()
 
     def launch(self, words: Sequence[int], scratch: Tensor | None) -> None:
         """Count a step of what moves, and run the rule on it. Nothing waits for the device.
@@ -244,7 +194,8 @@ class DeviceTables:
         """
         gradients = self.gradients[self._order]
         if scratch is not None:
-            addresses = self._addresses(gradients)
+            addresses = self._addresses(gradients, self._raw)
+            self._raw = None
             at = scratch.data_ptr()
             for launch in self.launches:
                 if launch.slices:
@@ -283,13 +234,23 @@ class DeviceTables:
             )
         kernels.total_kernel[(1,)](self._squares, len(self._squares), total, BLOCK=1024, **shared)
 
-    def _addresses(self, gradients: np.ndarray) -> Tensor:
+    def _addresses(
+        self, gradients: np.ndarray, room: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Of gradients, on the device, for a kernel that comes before the step."""
         if self._capturing:
             return write_words(gradients.tolist(), self.device)
-        host = torch.from_numpy(gradients)
-        host = host if self.device.type == "cpu" else host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+        host, there = room or self._room_for_addresses()
+        host.numpy()[:] = gradients
+        return there.copy_(host, non_blocking=True)
+
+    def _room_for_addresses(self) -> tuple[Tensor, Tensor]:
+        host = self._host_words(len(self._order))
+        return host, torch.empty_like(host, device=self.device)
+
+    def _host_words(self, count: int) -> Tensor:
+        pinned = self.device.type != "cpu"
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _centralize(
         self, launch: Launch, records: Tensor, addresses: Tensor, slices: Tensor, scratch: int
@@ -377,15 +338,6 @@ class DeviceTables:
         return torch.get_device_module(self.device).current_stream(self.device)
 
 
-def parts_of(counts: Sequence[int]) -> np.ndarray:
-    """For each part of a row, the row and which of its parts it is."""
-    table = np.zeros((sum(counts), 2), dtype=np.int32)
-    table[:, 0] = np.repeat(np.arange(len(counts)), counts)
-    firsts = np.cumsum([0, *counts])
-    table[:, 1] = np.arange(len(table)) - firsts[table[:, 0]]
-    return table
-
-
 def write_words(words: list[int], device: torch.device) -> Tensor:
     """A table of ``words``, written by launches that carry them.
 
@@ -394,36 +346,6 @@ def write_words(words: list[int], device: torch.device) -> Tensor:
     table = torch.zeros(len(words), dtype=torch.int64, device=device)
     torch._foreach_add_(table.unbind(), words)
     return table
-
-
-def layout_words(row: TensorRow) -> list[int]:
-    """Number of dimensions, sizes, and the strides of each stream."""
-    strides = [n for stride in row.strides for n in stride or consecutive(row.sizes)]
-    return [len(row.sizes), *row.sizes, *strides]
-
-
-def number_words(number: Tensor | None) -> list[int]:
-    """Where a number is on the device, and whether it is float64."""
-    if number is None:
-        return [0, 0]
-    return [word(number.data_ptr()), int(number.dtype == torch.float64)]
-
-
-def signal_words(signals: Signals) -> list[int]:
-    """What a device's kernels read there, as the schedule kernel takes it."""
-    return [
-        *number_words(signals.grad_scale),
-        *number_words(signals.found_inf),
-        *number_words(signals.norm),
-    ]
-
-
-def group_words(numbers: bytes, lrs: Sequence[Tensor | None]) -> list[int]:
-    """The hyperparameters of all groups, packed, as the schedule kernel reads them."""
-    words = []
-    for hyper, lr in zip(np.frombuffer(numbers, np.int64).reshape(len(lrs), -1), lrs, strict=True):
-        words += [*hyper.tolist(), *number_words(lr)]
-    return words
 
 
 def options(kernels: ModuleType, launch: Launch, swap: bool = False) -> dict[str, Any]:

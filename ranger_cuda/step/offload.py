@@ -11,7 +11,6 @@ like any other.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,23 +18,22 @@ import torch
 from torch import Tensor
 
 from ..backends import support
-from ..backends.scaling import NO_SCALING, Scaling
+from ..backends.scaling import Scaling
 from ..state.checkpoint import CPU, is_step_tensor
 from ..state.hyperparameters import Hyperparameters
 from ..state.new_state import SLOW_PARTS, new_state, without_slow_weight
 from ..state.tensors import DTensor, check_state, is_capturing, on_accelerator
-from .algorithms import LOOKAHEAD, Algorithm, Member, Name, is_at_rest, members
+from .algorithms import LOOKAHEAD, Algorithm, Member, is_at_rest, members
+from .buckets import Buckets
 from .dispatch import Dispatcher
 from .interrupts import Deferred
 from .native import Groups, State
 from .python_step import ON_HOST, NewState
+from .transfers import SlowWeights
 
 PARTS = (*SLOW_PARTS, "outer_momentum_buffer")  # of a state, that live there
-BUCKET = 64 << 20  # bytes of parameters that move at a time; those of the next are on their way
-ALIGNMENT = 256
 MOST_STEPS = 2**24  # a float32 counts no further
 
-SlowWeights = dict[Tensor, dict[str, Tensor]]  # and what belongs to them, of each parameter
 Measure = Callable[[Dispatcher, Scaling], Scaling]
 
 
@@ -235,94 +233,6 @@ class OffloadedPull:
         return its
 
 
-class Buckets:
-    """Parameters that move bucket by bucket, each with its slow weights, which are on the host.
-
-    Args:
-        whole: what would move all of them, beside slow weights on their own device.
-    """
-
-    def __init__(self, whole: Dispatcher) -> None:
-        self._whole = whole
-        self._runs: list[range] = []
-        self._buckets: list[Dispatcher] = []
-        self._transfers = Transfers(())
-        self._slow: SlowWeights = {}
-        self._staged: list[SlowWeights] = []
-
-    def collect(
-        self,
-        param_groups: Groups,
-        state: State,
-        make_state: NewState,
-        slow: SlowWeights,
-        moved: Sequence[bool] | None = None,
-    ) -> None:
-        """As :meth:`Dispatcher.collect`, all of it before anything moves.
-
-        Args:
-            slow: of each parameter that moves, its slow weight and momentum.
-        """
-        self._cut(param_groups)
-        taken: set[Tensor] = set()
-        parts = [_part_of(param_groups, run, taken) for run in self._runs]
-        rooms = _Rooms()
-        for i, part in enumerate(parts):
-            rooms.furnish(i, [p for group in part for p in group["params"]], slow)
-        self._slow = slow
-        self._staged = [rooms.tensors(i) for i in range(len(parts))]
-        for run, part, its, bucket in zip(
-            self._runs, parts, self._staged, self._buckets, strict=True
-        ):
-            beside = {
-                m.param: {**state.get(m.param, {}), **its.get(m.param, {})} for m in members(part)
-            }
-            may_move = None if moved is None else [*moved[run.start : run.stop]]
-            bucket.collect(part, beside, make_state, may_move)
-        for bucket in self._buckets:  # so much is there, and free for one launch after the other
-            for device, size in bucket.scratch_sizes().items():
-                torch.empty(size, dtype=torch.uint8, device=device)
-        self._transfers = Transfers({param.device for its in self._staged for param in its})
-
-    def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:
-        """Move what was collected. It is over, and slow weights are back, when this returns."""
-        staged, transfers = self._staged, self._transfers
-        try:
-            for i, bucket in enumerate(self._buckets):
-                for j in (0, 1) if i == 0 else (i + 1,):
-                    if j < len(staged):
-                        transfers.fetch(j, _pairs(self._slow, staged[j]))
-                transfers.arrived(i)
-                bucket.launch(hypers, scaling)
-                transfers.bring_back(i, _pairs(staged[i], self._slow))
-        finally:
-            transfers.finish()
-
-    def release(self) -> None:
-        """Let go of what was collected, and of the devices' memory."""
-        self._slow, self._staged = {}, []
-        self._transfers = Transfers(())
-        for bucket in self._buckets:
-            bucket.release()
-
-    def _cut(self, param_groups: Groups) -> None:
-        """Parameters into runs of neighbours, each of which moves at once; the same whichever of
-        them have gradients, so that launchers' tables last."""
-        runs: list[range] = []
-        begin = size = end = 0
-        for param, _, _ in members(param_groups):
-            size += _size([param])
-            end += 1
-            if size >= BUCKET:
-                runs.append(range(begin, end))
-                begin, size = end, 0
-        if begin < end:
-            runs.append(range(begin, end))
-        if runs != self._runs:
-            self._runs = runs
-            self._buckets = [self._whole.at(run.start) for run in runs]
-
-
 def _deciding(measure: Measure | None) -> Measure:
     """Whether a step moves anything is known on the host, which counts along."""
 
@@ -397,129 +307,3 @@ def check_device(slow_device: Any) -> None:
             f"Invalid slow_device value: {slow_device!r}; slow weights are beside their parameters "
             '(None) or on the host ("cpu")'
         )
-
-
-def _part_of(param_groups: Groups, run: range, taken: set[Tensor]) -> list[dict[str, Any]]:
-    """The groups with no more than these parameters. One that is named again moves only once:
-    nothing is in its place."""
-    part: list[dict[str, Any]] = [{**g, "params": [], "param_names": []} for g in param_groups]
-    for member in itertools.islice(members(param_groups), run.start, run.stop):
-        nobody = member.param in taken
-        its = part[member.group]
-        its["params"].append(torch.empty(0, device="cpu") if nobody else member.param)
-        its["param_names"].append(Name(member.name))
-        taken.add(member.param)
-    return part
-
-
-def _pairs(source: SlowWeights, to: SlowWeights) -> list[tuple[Tensor, Tensor]]:
-    both = source.keys() & to.keys()
-    return [(source[param][name], to[param][name]) for param in both for name in to[param]]
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(-(-t.numel() * t.itemsize // ALIGNMENT) * ALIGNMENT for t in tensors)
-
-
-class _Rooms:
-    """Memory of devices for slow weights: two rooms of each, which buckets have in turn."""
-
-    def __init__(self) -> None:
-        self._wanted: list[SlowWeights] = []
-        self._sizes: dict[tuple[torch.device, int], int] = {}
-        self._memory: dict[tuple[torch.device, int], Tensor] = {}
-
-    def furnish(self, i: int, params: Sequence[Tensor], slow: SlowWeights) -> None:
-        """Let bucket ``i``, the next, have room for the slow weights of these."""
-        wanted = {param: slow[param] for param in params if param in slow}
-        self._wanted.append(wanted)
-        for device in {param.device for param in wanted}:
-            size = _size(t for p, its in wanted.items() if p.device == device for t in its.values())
-            key = device, i % 2
-            self._sizes[key] = max(self._sizes.get(key, 0), size)
-
-    def tensors(self, i: int) -> SlowWeights:
-        """What bucket ``i`` moves its parameters with."""
-        begin = {device: 0 for device, _ in self._sizes}
-        staged: SlowWeights = {}
-        for param, its in self._wanted[i].items():
-            staged[param] = {}
-            for name, value in its.items():
-                key = param.device, i % 2
-                if key not in self._memory:
-                    size = self._sizes[key]
-                    self._memory[key] = torch.empty(size, dtype=torch.uint8, device=param.device)
-                size = value.numel() * value.itemsize
-                memory = self._memory[key][begin[param.device] :][:size].view(value.dtype)
-                dense = torch.empty_like(value, device="meta").stride()
-                staged[param][name] = memory.as_strided(value.shape, dense)
-                begin[param.device] += _size([value])
-        return staged
-
-
-class Transfers:
-    """Copies between host and devices beside what these compute.
-
-    A device has a stream for each direction. What waits for what: a bucket's launch for its slow
-    weights, their way back for the launch, and those that come next into its room for that.
-    """
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._lanes = [_Lane(device) for device in devices if device.type != "cpu"]
-
-    def fetch(self, i: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Have the slow weights of bucket ``i`` copied to its room."""
-        for lane in self._lanes:
-            lane.fetch(i, [pair for pair in pairs if pair[1].device == lane.device])
-        _copy([pair for pair in pairs if pair[1].device.type == "cpu"])
-
-    def arrived(self, i: int) -> None:
-        """Let what is launched from now on find them there."""
-        for lane in self._lanes:
-            lane.current().wait_event(lane.there[i])
-
-    def bring_back(self, i: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Have them copied back when what was launched until now is done."""
-        for lane in self._lanes:
-            lane.bring_back(i, [pair for pair in pairs if pair[0].device == lane.device])
-        _copy([pair for pair in pairs if pair[0].device.type == "cpu"])
-
-    def finish(self) -> None:
-        """Wait until all are back."""
-        for lane in self._lanes:
-            lane.into.synchronize()
-            lane.back.synchronize()
-
-
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for source, to in pairs:
-        to.copy_(source, non_blocking=True)
-
-
-class _Lane:
-    """The streams of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._module = torch.get_device_module(device)
-        self.into = self._module.Stream(device)
-        self.back = self._module.Stream(device)
-        self.there: dict[int, Any] = {}
-        self._left: dict[int, Any] = {}
-        self.into.wait_stream(self.current())  # which may use the rooms' memory still
-
-    def current(self) -> Any:
-        return self._module.current_stream(self.device)
-
-    def fetch(self, i: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        if i - 2 in self._left:
-            self.into.wait_event(self._left[i - 2])  # which had the room before
-        with self._module.stream(self.into):
-            _copy(pairs)
-        self.there[i] = self.into.record_event()
-
-    def bring_back(self, i: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.back.wait_event(self.current().record_event())
-        with self._module.stream(self.back):
-            _copy(pairs)
-        self._left[i] = self.back.record_event()
