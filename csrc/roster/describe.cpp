@@ -201,9 +201,9 @@ const Roster::Member& Roster::shard_of(const Mover& mover) {
 // that cuts slices.
 bool Roster::find_slice(const Mover& mover, const Shape& shape, int64_t& slice) {
   static PyObject* const kFlattened = interned("_fsdp_flattened");
+  const int32_t dims = centralized_dims_[members_[mover.position].group];
+  if (dims == 0 || !reads_gradients_) return true;
   const Member& member = shard_of(mover);
-  const int32_t dims = reads_gradients_ ? centralized_dims_[member.group] : 0;
-  if (dims == 0) return true;
   int32_t ndim = member.ndim;
   if (!is_dtensor(member.param)) {
     if (PyObject_HasAttr(member.param, kFlattened)) return false;

@@ -75,9 +75,9 @@ def begin(
         }
     if offloaded is not None:
         movers = [member for member, moves in zip(found, may_move, strict=True) if moves]
-        check(movers)
         for member in movers:
             _check_offloaded(member, groups, {**state.get(member.param, {})})
+        check(movers)
         for param, slow in first.items():
             first[param] = {name: on_host(value, param) for name, value in slow.items()}
         return Cycle(groups, hypers, may_move, any_may_move, first, offloaded)
@@ -179,5 +179,6 @@ def interpolation(group: dict[str, Any]) -> Hyperparameters:
         decoupled_weight_decay=False,
         maximize=False,
         outer_nesterov=bool(group["outer_nesterov"]),
-        seed=group.get("seed", 0),
+        # Another package's may be anything; nothing of its is rounded stochastically.
+        seed=operator.index(group["seed"]) if "weight_rounding" in group else 0,
     )

@@ -114,11 +114,11 @@ class Offload:
                 been changed then.
         """
         movers = [m for m in first_of_each(param_groups) if m.param.grad is not None]
-        check(movers)
         bare, buckets = self._bare, self._buckets
         measure = _deciding(measure)
         try:
             bare.collect(param_groups, state, make_state)
+            check(movers)
             slow = {m.param: self._slow_weight(m, param_groups, state) for m in movers}
             counts = {m.param: self._counts.of(m.param, state) for m in movers}
             ends = any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in movers)
