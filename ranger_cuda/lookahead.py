@@ -141,7 +141,8 @@ class Lookahead(SlowWeights, Optimizer):
         self._offloaded = None
         if self._options.get("slow_device") is not None:  # an older pickle has none
             self._offloaded = OffloadedPull(self._options["backend"], self._dispatcher)
-            self._settle()
+            for param, _, _ in members(self.param_groups):
+                offload.settle(param, self.state.get(param, {}))
         self._complete_groups()
 
     def _complete_groups(self) -> None:
@@ -338,7 +339,11 @@ class Lookahead(SlowWeights, Optimizer):
             for key in filter(ours.get, group["params"]):
                 with checkpoint.naming(i):
                     format = LOOKAHEAD.format_of(params[key], group)
-                restored[params[key]] = checkpoint.restore_state(params[key], ours[key], format)
+                its = restored[params[key]] = checkpoint.restore_state(
+                    params[key], ours[key], format
+                )
+                if self._offloaded is not None:
+                    offload.settle(params[key], its)  # one after the other, for their memory
         options = (
             {} if strict or not isinstance(self.optimizer, FusedOptimizer) else {"strict": False}
         )
@@ -359,12 +364,6 @@ class Lookahead(SlowWeights, Optimizer):
             raise
         self._dispatcher.reset()
         self._dispatcher.unmoved = set()
-        if self._offloaded is not None:
-            self._settle()
-
-    def _settle(self) -> None:
-        for param, _, _ in members(self.param_groups):
-            offload.settle(param, self.state.get(param, {}))
 
     def _own(self, loaded: Any) -> None:
         """Copy the state that the inner optimizer took over from ``loaded`` as it was."""

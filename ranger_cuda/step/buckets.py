@@ -41,12 +41,14 @@ class Buckets:
         state: State,
         make_state: NewState,
         slow: SlowWeights,
-        moved: Sequence[bool] | None = None,
+        *,
+        by_gradients: bool,
     ) -> None:
         """As :meth:`Dispatcher.collect`, all of it before anything moves.
 
         Args:
             slow: of each parameter that moves, its slow weight and momentum.
+            by_gradients: whether the rule reads those; they say then which parameters move.
         """
         self._cut(param_groups)
         taken: set[Tensor] = set()
@@ -56,17 +58,14 @@ class Buckets:
             rooms.furnish(i, [p for group in part for p in group["params"]], slow)
         self._slow = slow
         self._staged = [rooms.tensors(i) for i in range(len(parts))]
-        for run, part, its, bucket in zip(
-            self._runs, parts, self._staged, self._buckets, strict=True
-        ):
+        for part, its, bucket in zip(parts, self._staged, self._buckets, strict=True):
             beside = {
                 m.param: {**state.get(m.param, {}), **its.get(m.param, {})} for m in members(part)
             }
-            may_move = None if moved is None else [*moved[run.start : run.stop]]
-            bucket.collect(part, beside, make_state, may_move)
-        for bucket in self._buckets:  # so much is there, and free for one launch after the other
-            for device, size in bucket.scratch_sizes().items():
-                torch.empty(size, dtype=torch.uint8, device=device)
+            moved = None if by_gradients else [m.param in slow for m in members(part)]
+            bucket.collect(part, beside, make_state, moved)
+        for bucket in self._buckets:
+            bucket.try_memory()
         self._transfers = Transfers({param.device for its in self._staged for param in its})
 
     def launch(self, hypers: Sequence[Hyperparameters], scaling: Scaling = NO_SCALING) -> None:

@@ -263,9 +263,12 @@ class Dispatcher:
             step.commit()
             self._get_ready(step, self._find(step))
 
-    def scratch_sizes(self) -> dict[torch.device, int]:
-        """How many bytes of each device a launch of what was collected takes besides."""
-        return {} if self._native is None else self._native.scratch_sizes()
+    def try_memory(self) -> None:
+        """Take the memory that a launch of what was collected needs besides, and give it back, so
+        that it is there."""
+        if self._native is not None:
+            self._native.reserve()
+            self._native.unreserve()
 
     def undo(self) -> None:
         """Take the state away again that :meth:`rehearse` left."""
@@ -351,7 +354,8 @@ class Dispatcher:
         Interrupts are the caller's to defer.
         """
         if only_unmoved:
-            self._reset_unmoved(param_groups, state)
+            if self.unmoved:
+                self._reset_unmoved(param_groups, state)
             return
         pairs = pairs_of(self._algorithm, param_groups, state)
         for param, group, _ in members(param_groups):

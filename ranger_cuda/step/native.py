@@ -185,14 +185,6 @@ class Native:
                 torch.cuda.empty_cache()  # a launcher's tables are not torch's allocator's
                 launcher.kernels.prepare(self.roster)
 
-    def scratch_sizes(self) -> dict[torch.device, int]:
-        """How many bytes :meth:`reserve` takes on each device."""
-        sizes: dict[torch.device, int] = {}
-        for backend, device, kernels in self.launchers:
-            if backend != "cpu" and kernels.scratch_size:
-                sizes[device] = sizes.get(device, 0) + kernels.scratch_size
-        return sizes
-
     def reserve(self) -> None:
         """Take the memory that :meth:`launch` needs besides, and that is free after it."""
         for index, (backend, device, kernels) in enumerate(self.launchers):
@@ -200,9 +192,13 @@ class Native:
                 size = kernels.scratch_size
                 self._scratch[index] = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def release(self) -> None:
-        """Let go of what was collected and prepared."""
+    def unreserve(self) -> None:
+        """Give that memory back."""
         self._scratch.clear()
+
+    def release(self) -> None:
+        """Let go of what was collected and reserved."""
+        self.unreserve()
         self.roster.release()
 
     def squares(self, places: Collection[int] | None) -> list[Tensor]:
@@ -231,7 +227,7 @@ class Native:
             else:
                 signals = Signals.of(inputs.hypers, inputs.scaling, device)
                 kernels.launch(self.roster, numbers, signals, self._scratch.get(index))
-        self._scratch.clear()
+        self.unreserve()
         # A backward pass through what was there before is an error, as in PyTorch.
         increment_version(moved)
 

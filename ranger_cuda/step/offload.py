@@ -11,6 +11,7 @@ like any other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,8 +62,11 @@ class Counts:
         self._name = name  # of the state that counts
         self._known: dict[int, Count] = {}
 
-    def of(self, param: Tensor, state: State) -> int:
-        """Waits for the parameter's device where somebody else has counted since."""
+    def of(self, movers: Iterable[Member], state: State) -> dict[Tensor, int]:
+        """Waits for a parameter's device where somebody else has counted since."""
+        return {param: self._of(param, state) for param, _, _ in movers}
+
+    def _of(self, param: Tensor, state: State) -> int:
         step = state.get(param, {}).get(self._name, 0)
         known = self._known.get(id(param))
         if known is not None and known.step is step and known.version == step._version:
@@ -113,15 +117,15 @@ class Offload:
             RuntimeError, ValueError: as they do; a DTensor, or a capture under way. Nothing has
                 been changed then.
         """
-        movers = [m for m in first_of_each(param_groups) if m.param.grad is not None]
+        movers = each_once(m for m in members(param_groups) if m.param.grad is not None)
         bare, buckets = self._bare, self._buckets
         measure = _deciding(measure)
         try:
             bare.collect(param_groups, state, make_state)
             check(movers)
             slow = {m.param: self._slow_weight(m, param_groups, state) for m in movers}
-            counts = {m.param: self._counts.of(m.param, state) for m in movers}
-            ends = any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in movers)
+            counts = self._counts.of(movers, state)
+            ends = cycle_ends(movers, counts, hypers)
             with Deferred():
                 if not ends:
                     bare.launch(hypers, scaling, measure)
@@ -129,7 +133,7 @@ class Offload:
                     try:
                         bare.rehearse()
                         scaling = measure(bare, scaling)
-                        buckets.collect(param_groups, state, make_state, slow)
+                        buckets.collect(param_groups, state, make_state, slow, by_gradients=True)
                     except BaseException:
                         bare.undo()
                         raise
@@ -196,16 +200,11 @@ class OffloadedPull:
         moved: Sequence[bool],
     ) -> None:
         """As :meth:`Dispatcher.step` of what moved."""
-        first: dict[Tensor, Member] = {}
-        firsts = []
-        for member, moves in zip(members(param_groups), moved, strict=True):
-            firsts.append(moves and member.param not in first)
-            if moves:
-                first.setdefault(member.param, member)
-        counts = {param: self._counts.of(param, state) for param in first}
-        ends = any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in first.values())
+        movers = each_once(itertools.compress(members(param_groups), moved))
+        counts = self._counts.of(movers, state)
+        ends = cycle_ends(movers, counts, hypers)
         with torch.inference_mode(False):  # state made in it could not be written outside
-            for param, group, name in first.values():
+            for param, group, name in movers:
                 its = state[param]
                 count = its.get(LOOKAHEAD.step_name)
                 if ends or not (isinstance(count, Tensor) and is_step_tensor(count, count.device)):
@@ -213,15 +212,15 @@ class OffloadedPull:
                     device = CPU if on_host_too else param.device
                     its.update(make_state(param, param_groups[group], its, device))
         if ends:
-            slow = {m.param: self._slow_weight(m, param_groups, state) for m in first.values()}
+            slow = {m.param: self._slow_weight(m, param_groups, state) for m in movers}
             try:
-                self._buckets.collect(param_groups, state, make_state, slow, firsts)
+                self._buckets.collect(param_groups, state, make_state, slow, by_gradients=False)
                 self._buckets.launch(hypers)
             finally:
                 self._buckets.release()
         else:
             with torch.no_grad():
-                for param in first:
+                for param, _, _ in movers:
                     state[param][LOOKAHEAD.step_name].add_(1.0)
         self._counts.have_moved(counts, param_groups, state)
 
@@ -246,12 +245,19 @@ def _deciding(measure: Measure | None) -> Measure:
     return decide
 
 
-def first_of_each(param_groups: Groups) -> list[Member]:
-    """Every parameter once, where it is named first."""
-    found: dict[Tensor, Member] = {}
-    for member in members(param_groups):
-        found.setdefault(member.param, member)
-    return list(found.values())
+def each_once(found: Iterable[Member]) -> list[Member]:
+    """Every parameter where it is named first."""
+    first: dict[Tensor, Member] = {}
+    for member in found:
+        first.setdefault(member.param, member)
+    return list(first.values())
+
+
+def cycle_ends(
+    movers: Iterable[Member], counts: dict[Tensor, int], hypers: Sequence[Hyperparameters]
+) -> bool:
+    """Whether the next step of any ends a cycle."""
+    return any((counts[m.param] + 1) % hypers[m.group].k == 0 for m in movers)
 
 
 def is_away(param_groups: Groups) -> bool:

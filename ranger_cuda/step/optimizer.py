@@ -368,15 +368,16 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called to unpickle and copy, and by load_state_dict with new groups and states.
         before = self.__dict__.get("param_groups", [])
+        options = state.get("_options") or self._options
+        is_apart = options.get("slow_device") is not None  # an older pickle has none
         for group in state.get("param_groups", ()):
             for param in group["params"]:
                 saved = state["state"].get(param)
                 if isinstance(saved, Shielded):
                     format = self._algorithm.format_of(param, {**self.defaults, **group})
-                    restored = restore_state(param, saved.state, format)
-                    if self._options.get("slow_device") is not None:
-                        offload.settle(param, restored)  # one after the other, for their memory
-                    state["state"][param] = restored
+                    saved = state["state"][param] = restore_state(param, saved.state, format)
+                if is_apart and saved is not None:
+                    offload.settle(param, saved)  # one after the other, for their memory
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch adds it; no group of ours has it
         self._prepare()
@@ -387,6 +388,3 @@ class FusedOptimizer(Optimizer):
             for name in self.defaults:
                 group.setdefault(name, known[name])
         eval_mode.mark(self.param_groups, self._options)
-        if self._offload is not None:
-            for param, _, _ in members(self.param_groups):
-                offload.settle(param, self.state.get(param, {}))
