@@ -29,7 +29,7 @@ from .buckets import Buckets
 from .dispatch import Dispatcher
 from .interrupts import Deferred
 from .native import Groups, State
-from .python_step import ON_HOST, NewState
+from .python_step import NewState, device_of_count
 from .transfers import SlowWeights
 
 PARTS = (*SLOW_PARTS, "outer_momentum_buffer")  # of a state, that live there
@@ -208,8 +208,7 @@ class OffloadedPull:
                 its = state[param]
                 count = its.get(LOOKAHEAD.step_name)
                 if ends or not (isinstance(count, Tensor) and is_step_tensor(count, count.device)):
-                    on_host_too = support.choose(self._backend, param, name) in ON_HOST
-                    device = CPU if on_host_too else param.device
+                    device = device_of_count(support.choose(self._backend, param, name), param)
                     its.update(make_state(param, param_groups[group], its, device))
         if ends:
             slow = {m.param: self._slow_weight(m, param_groups, state) for m in movers}

@@ -31,6 +31,11 @@ NewState = Callable[[Tensor, dict[str, Any], dict[str, Any], torch.device], dict
 ON_HOST = ("cpu", "reference")  # backends that move parameters from the host
 
 
+def device_of_count(backend: str, param: Tensor) -> torch.device:
+    """Where a parameter's steps are counted: where its kernels run."""
+    return torch.device("cpu") if backend in ON_HOST else param.device
+
+
 def check_count(state: dict[str, Any], step_name: str, name: str) -> None:
     """Raise if a state's step count is none. On a device nobody looks at it."""
     count = state.get(step_name, 0)
@@ -93,7 +98,7 @@ class PythonStep:
         if self.moved is None:
             self.gradients[position] = plain_grad(param, name)
             self._check_slices(member)
-        step_device = torch.device("cpu") if backend in ON_HOST else where.device
+        step_device = device_of_count(backend, where)
         known = dict(self.state.get(param, {}))
         if param in self.unmoved:
             known = without_slow_weight(known)

@@ -127,10 +127,10 @@ class Check {
     constexpr Stream kOfState[] = {kParam, kExpAvg, kExpAvgSq, kSlowParam, kOuterMomentumBuffer};
     for (int stream : kOfState) {
       const bool otherwise = strided && has(stream) && random_.one_in(2);
-      if (otherwise) layout.strides[stream] = draw_strides(layout, false);
+      if (otherwise) layout.strides[stream] = draw_strides(random_, layout, false);
     }
     if (strided) {
-      layout.strides[kGrad] = draw_strides(layout, true);
+      layout.strides[kGrad] = draw_strides(random_, layout, true);
       row.layout = std::make_shared<Layout>(layout);
     }
     for (int stream : kOfState) {
@@ -143,23 +143,6 @@ class Check {
     row.step = reinterpret_cast<float*>(parameter.step.data());
     rows_.push_back(std::move(row));
     parameters_.push_back(std::move(parameter));
-  }
-
-  // Dimensions in another order, with gaps, or, of gradients only, over the same memory again.
-  Strides draw_strides(const Layout& layout, bool may_expand) {
-    Strides strides(layout.sizes.size());
-    std::vector<size_t> order;
-    for (size_t dim = 0; dim < layout.sizes.size(); ++dim) {
-      order.insert(order.begin() + random_.below(static_cast<int64_t>(dim) + 1), dim);
-    }
-    int64_t stride = 1 + random_.below(3);
-    for (size_t dim : order) {
-      strides[dim] = stride;
-      stride = stride * layout.sizes[dim] + random_.below(2);
-    }
-    if (may_expand && random_.one_in(2))
-      strides[random_.below(static_cast<int64_t>(order.size()))] = 0;
-    return strides;
   }
 
   // New memory with new values for a stream.
@@ -196,7 +179,7 @@ class Check {
       if (rows_[i].active) {
         if (rows_[i].layout && random_.one_in(40)) {
           Layout layout = *rows_[i].layout;
-          layout.strides[kGrad] = draw_strides(layout, true);
+          layout.strides[kGrad] = draw_strides(random_, layout, true);
           rows_[i].layout = std::make_shared<Layout>(layout);
           ++all_.version;
         }
@@ -298,8 +281,8 @@ class Check {
         const T g = slice != 0 ? ranger::centralized(gradient(index), mean) : gradient(index);
         T& m = element(kExpAvg, index);
         T& v = element(kExpAvgSq, index);
-        const Element<T> x = ranger::radam(Element<T>{p, m, v}, g, c, c.weight_decay != T(0),
-                                           now.rectified);
+        const Element<T> x =
+            ranger::radam(Element<T>{p, m, v}, g, c, c.weight_decay != T(0), now.rectified);
         p = x.p;
         m = x.m;
         v = x.v;
@@ -342,7 +325,8 @@ class Check {
                ", " + info_of(row.format).name + ", gradient " + info_of(row.grad_dtype).name +
                ", " + std::to_string(row.numel) + " elements" +
                (cuda::is_strided(row) ? ", strided" : "") +
-               (row.slice != 0 ? ", slices of " + std::to_string(row.slice) : "") + "), " + stream + ": ";
+               (row.slice != 0 ? ", slices of " + std::to_string(row.slice) : "") + "), " + stream +
+               ": ";
       };
       for (int stream = 0; stream < kStreams; ++stream) {
         const std::string found = parameters_[i].streams[stream].difference();

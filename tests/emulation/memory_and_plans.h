@@ -101,6 +101,22 @@ class Random {
   std::mt19937 engine_;
 };
 
+// Dimensions in another order, with gaps, or, of gradients only, over the same memory again.
+Strides draw_strides(Random& random, const Layout& layout, bool may_expand) {
+  Strides strides(layout.sizes.size());
+  std::vector<size_t> order;
+  for (size_t dim = 0; dim < layout.sizes.size(); ++dim) {
+    order.insert(order.begin() + random.below(static_cast<int64_t>(dim) + 1), dim);
+  }
+  int64_t stride = 1 + random.below(3);
+  for (size_t dim : order) {
+    strides[dim] = stride;
+    stride = stride * layout.sizes[dim] + random.below(2);
+  }
+  if (may_expand && random.one_in(2)) strides[random.below(static_cast<int64_t>(order.size()))] = 0;
+  return strides;
+}
+
 struct Parameter {
   std::array<Buffer, kStreams> streams;
   std::array<int64_t, kStreams> misalignment;  // elements after a 16-byte boundary
